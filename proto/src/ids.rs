@@ -1,0 +1,128 @@
+//! Names of things, one type each, so that one can't be passed for another.
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+/// A coordinator in the Raft group. Written `c1`, `c2`, …; never 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PeerId(pub u64);
+
+impl fmt::Display for PeerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "c{}", self.0)
+    }
+}
+
+impl FromStr for PeerId {
+    type Err = IdError;
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        match text.strip_prefix('c').and_then(|digits| digits.parse().ok()) {
+            Some(number) if number > 0 => Ok(Self(number)),
+            _ => Err(IdError::Peer(text.to_owned())),
+        }
+    }
+}
+
+/// A worker, by the name its operator gave it: 1 to 63 letters, digits, `-`, `_` or `.`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct WorkerId(String);
+
+impl WorkerId {
+    /// The name itself.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for WorkerId {
+    type Err = IdError;
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if (1..=63).contains(&text.len()) && text.chars().all(plain) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(IdError::Worker(cut(text)))
+        }
+    }
+}
+
+/// Checks a model's name. It becomes a folder's name, so it can't climb out of the repository.
+///
+/// # Errors
+/// [`IdError::Model`] unless it is 1 to 255 bytes long, free of `/`, `\` and control characters, and doesn't start with a dot.
+pub fn check_model_name(name: &str) -> Result<(), IdError> {
+    let bad = name.is_empty()
+        || name.len() > 255
+        || name.starts_with('.')
+        || name.chars().any(|c| c == '/' || c == '\\' || c.is_control());
+    if bad { Err(IdError::Model(cut(name))) } else { Ok(()) }
+}
+
+/// What is wrong with a name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum IdError {
+    /// Not `c` and a number.
+    #[error("coordinator id '{0}' must be 'c' and a number from 1, as in c1")]
+    Peer(String),
+    /// Not a plain short word.
+    #[error("worker id '{0}' must be 1 to 63 letters, digits, '-', '_' or '.'")]
+    Worker(String),
+    /// Not a plain folder name.
+    #[error("model name '{0}' must be 1 to 255 bytes without '/', '\\' or control characters, and not start with '.'")]
+    Model(String),
+}
+
+/// A name from outside, short enough to be repeated in a message.
+fn cut(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(80).collect()
+}
+
+/// The name of a sequence, as its client chose it: a number or a short text.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum SequenceId {
+    /// `sequence_id` as a number; never 0. Negative numbers are allowed, as Triton allows them.
+    Number(i64),
+    /// `sequence_id` as a text of 1 to 128 bytes.
+    Text(String),
+}
+
+impl fmt::Display for SequenceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => write!(f, "{number}"),
+            Self::Text(text) => f.write_str(text),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_read_what_they_print() {
+        assert_eq!("c3".parse::<PeerId>().unwrap(), PeerId(3));
+        assert_eq!(PeerId(3).to_string(), "c3");
+        assert_eq!("gpu-7.rack_2".parse::<WorkerId>().unwrap().as_str(), "gpu-7.rack_2");
+    }
+
+    #[test]
+    fn ids_refuse_what_could_harm() {
+        for text in ["", "c", "c0", "3", "cx"] {
+            assert!(text.parse::<PeerId>().is_err(), "{text}");
+        }
+        for text in ["", "a/b", "a b", &"x".repeat(64)] {
+            assert!(text.parse::<WorkerId>().is_err(), "{text}");
+        }
+        for name in ["", "..", ".hidden", "a/b", "a\\b", "a\nb", &"x".repeat(256)] {
+            assert!(check_model_name(name).is_err(), "{name}");
+        }
+        assert!(check_model_name("silero_vad").is_ok());
+    }
+}

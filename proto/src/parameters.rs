@@ -1,0 +1,184 @@
+//! The standard request parameters, read and checked in one place for routers and workers alike.
+use std::collections::HashMap;
+
+use crate::{
+    ids::SequenceId,
+    inference::{InferParameter, infer_parameter::ParameterChoice},
+    reason::Reason,
+};
+
+/// The longest `sequence_id` text, in bytes, as in Triton.
+pub const SEQUENCE_ID_BYTES_MAX: usize = 128;
+
+/// Keys of [`Parameters`] and of responses.
+pub mod keys {
+    /// Position of a request in a sequence: number or text.
+    pub const SEQUENCE_ID: &str = "sequence_id";
+    /// First request of a sequence.
+    pub const SEQUENCE_START: &str = "sequence_start";
+    /// Last request of a sequence.
+    pub const SEQUENCE_END: &str = "sequence_end";
+    /// 0 is the default level, 1 the highest.
+    pub const PRIORITY: &str = "priority";
+    /// How long the request may wait in a queue, in µs.
+    pub const TIMEOUT: &str = "timeout";
+    /// Asks for an empty response that carries the final flag.
+    pub const EMPTY_FINAL: &str = "triton_enable_empty_final_response";
+    /// On stream responses: the last one of its request.
+    pub const FINAL: &str = "triton_final_response";
+}
+
+/// What the standard keys of a request say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Parameters {
+    /// `sequence_id`; `None` for 0, "" or absent.
+    pub sequence_id: Option<SequenceId>,
+    /// `sequence_start`.
+    pub sequence_start: bool,
+    /// `sequence_end`.
+    pub sequence_end: bool,
+    /// `priority`; 0 is the model's default.
+    pub priority: u64,
+    /// `timeout` in µs; 0 for none.
+    pub timeout_us: u64,
+    /// `triton_enable_empty_final_response`.
+    pub empty_final_response: bool,
+}
+
+/// A parameter that isn't what its key demands.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ParameterError {
+    /// The value has another kind than the key demands.
+    #[error("parameter '{key}' must be {wanted}")]
+    Kind {
+        /// The key.
+        key: String,
+        /// The kinds that it takes.
+        wanted: &'static str,
+    },
+    /// A text longer than [`SEQUENCE_ID_BYTES_MAX`].
+    #[error("parameter 'sequence_id' is a string of {0} bytes, the limit is {SEQUENCE_ID_BYTES_MAX}")]
+    SequenceIdTooLong(usize),
+    /// A `triton_*` key that means nothing.
+    #[error("parameter keys starting with 'triton_' are reserved, and '{0}' is not one of them")]
+    Reserved(String),
+}
+
+impl ParameterError {
+    /// The reason to refuse the request with.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Kind { .. } | Self::Reserved(_) => Reason::InvalidArgument,
+            // Triton answers UNIMPLEMENTED here, and clients test for it.
+            Self::SequenceIdTooLong(_) => Reason::Unsupported,
+        }
+    }
+}
+
+impl Parameters {
+    /// Reads the standard keys; other keys are left to the model.
+    ///
+    /// # Errors
+    /// [`ParameterError`] names the key and what it takes.
+    pub fn read(map: &HashMap<String, InferParameter>) -> Result<Self, ParameterError> {
+        let mut read = Self::default();
+        for (key, parameter) in map {
+            let value = parameter.parameter_choice.as_ref();
+            match key.as_str() {
+                keys::SEQUENCE_ID => read.sequence_id = sequence_id(value)?,
+                keys::SEQUENCE_START => read.sequence_start = boolean(key, value)?,
+                keys::SEQUENCE_END => read.sequence_end = boolean(key, value)?,
+                keys::PRIORITY => read.priority = unsigned(key, value)?,
+                keys::TIMEOUT => read.timeout_us = unsigned(key, value)?,
+                keys::EMPTY_FINAL => read.empty_final_response = boolean(key, value)?,
+                other if other.starts_with("triton_") => return Err(ParameterError::Reserved(other.chars().take(80).collect())),
+                _ => {}
+            }
+        }
+        Ok(read)
+    }
+}
+
+fn sequence_id(value: Option<&ParameterChoice>) -> Result<Option<SequenceId>, ParameterError> {
+    match value {
+        Some(ParameterChoice::Int64Param(0)) => Ok(None),
+        Some(ParameterChoice::Int64Param(number)) => Ok(Some(SequenceId::Number(*number))),
+        Some(ParameterChoice::StringParam(text)) if text.is_empty() => Ok(None),
+        Some(ParameterChoice::StringParam(text)) if text.len() > SEQUENCE_ID_BYTES_MAX => {
+            Err(ParameterError::SequenceIdTooLong(text.len()))
+        }
+        Some(ParameterChoice::StringParam(text)) => Ok(Some(SequenceId::Text(text.clone()))),
+        _ => Err(kind(keys::SEQUENCE_ID, "an int64 or a string")),
+    }
+}
+
+fn boolean(key: &str, value: Option<&ParameterChoice>) -> Result<bool, ParameterError> {
+    match value {
+        Some(ParameterChoice::BoolParam(flag)) => Ok(*flag),
+        _ => Err(kind(key, "a bool")),
+    }
+}
+
+fn unsigned(key: &str, value: Option<&ParameterChoice>) -> Result<u64, ParameterError> {
+    match value {
+        Some(ParameterChoice::Uint64Param(number)) => Ok(*number),
+        Some(ParameterChoice::Int64Param(number)) => u64::try_from(*number).map_err(|_| kind(key, "an int64 of 0 or more")),
+        _ => Err(kind(key, "a uint64, or an int64 of 0 or more")),
+    }
+}
+
+fn kind(key: &str, wanted: &'static str) -> ParameterError {
+    ParameterError::Kind { key: key.to_owned(), wanted }
+}
+
+/// A bool as a parameter.
+pub fn bool_parameter(flag: bool) -> InferParameter {
+    InferParameter { parameter_choice: Some(ParameterChoice::BoolParam(flag)) }
+}
+
+/// An int64 as a parameter.
+pub fn int64_parameter(number: i64) -> InferParameter {
+    InferParameter { parameter_choice: Some(ParameterChoice::Int64Param(number)) }
+}
+
+/// A text as a parameter.
+pub fn string_parameter(text: impl Into<String>) -> InferParameter {
+    InferParameter { parameter_choice: Some(ParameterChoice::StringParam(text.into())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(key: &str, value: ParameterChoice) -> Result<Parameters, ParameterError> {
+        Parameters::read(&HashMap::from([(key.to_owned(), InferParameter { parameter_choice: Some(value) })]))
+    }
+
+    #[test]
+    fn sequence_ids_are_numbers_or_texts_and_zero_is_none() {
+        assert_eq!(one("sequence_id", ParameterChoice::Int64Param(0)).unwrap().sequence_id, None);
+        assert_eq!(one("sequence_id", ParameterChoice::Int64Param(-3)).unwrap().sequence_id, Some(SequenceId::Number(-3)));
+        assert_eq!(
+            one("sequence_id", ParameterChoice::StringParam("a".into())).unwrap().sequence_id,
+            Some(SequenceId::Text("a".into()))
+        );
+        assert!(one("sequence_id", ParameterChoice::Uint64Param(7)).is_err());
+        let long = one("sequence_id", ParameterChoice::StringParam("x".repeat(129))).unwrap_err();
+        assert_eq!(long.reason(), Reason::Unsupported);
+    }
+
+    #[test]
+    fn wrong_kinds_are_named() {
+        let error = one("sequence_start", ParameterChoice::Int64Param(1)).unwrap_err();
+        assert_eq!(error.to_string(), "parameter 'sequence_start' must be a bool");
+        assert!(one("priority", ParameterChoice::Int64Param(-1)).is_err());
+        assert!(one("timeout", ParameterChoice::StringParam("1".into())).is_err());
+    }
+
+    #[test]
+    fn reserved_keys_are_refused_and_other_keys_left_alone() {
+        assert!(matches!(one("triton_x", ParameterChoice::BoolParam(true)), Err(ParameterError::Reserved(_))));
+        assert!(one("temperature", ParameterChoice::DoubleParam(0.5)).is_ok());
+        assert!(one("triton_enable_empty_final_response", ParameterChoice::BoolParam(true)).unwrap().empty_final_response);
+    }
+}
