@@ -60,4 +60,43 @@ pub mod metadata {
     pub const INCARNATION: &str = "cresset-incarnation";
     /// A [`Reason`](crate::reason::Reason) beside the gRPC status.
     pub const REASON: &str = "cresset-reason";
+
+    /// How long the caller of a gRPC call waits for its answer, if it said so (`grpc-timeout`).
+    pub fn timeout(metadata: &tonic::metadata::MetadataMap) -> Option<std::time::Duration> {
+        use std::time::Duration;
+        let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+        let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+        // The protocol allows eight digits at most.
+        let number: u64 = if digits.len() <= 8 { digits.parse().ok()? } else { return None };
+        Some(match unit {
+            "H" => Duration::from_secs(number * 3600),
+            "M" => Duration::from_secs(number * 60),
+            "S" => Duration::from_secs(number),
+            "m" => Duration::from_millis(number),
+            "u" => Duration::from_micros(number),
+            "n" => Duration::from_nanos(number),
+            _ => return None,
+        })
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use std::time::Duration;
+
+        use tonic::metadata::{MetadataMap, MetadataValue};
+
+        #[test]
+        fn timeouts_are_read_as_the_protocol_writes_them() {
+            let read = |text: &str| {
+                let mut metadata = MetadataMap::new();
+                metadata.insert("grpc-timeout", MetadataValue::try_from(text).unwrap());
+                super::timeout(&metadata)
+            };
+            assert_eq!(read("250m"), Some(Duration::from_millis(250)));
+            assert_eq!(read("2S"), Some(Duration::from_secs(2)));
+            for wrong in ["", "m", "x1m", "1", "123456789S", "-1S"] {
+                assert_eq!(read(wrong), None, "{wrong}");
+            }
+        }
+    }
 }

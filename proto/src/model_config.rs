@@ -6,7 +6,11 @@ use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor};
 
 use crate::{
     DESCRIPTORS,
-    inference::{ModelConfig, ModelSequenceBatching, model_config::SchedulingChoice},
+    inference::{
+        DataType, ModelConfig, ModelMetadataResponse, ModelSequenceBatching, model_config::SchedulingChoice,
+        model_metadata_response::TensorMetadata,
+    },
+    tensor::Datatype,
 };
 
 /// Prefix of a `parameters` entry that gives `forward` a constant scalar argument: `cresset.scalar.sr` = `int:16000`.
@@ -114,6 +118,27 @@ pub fn sequence_idle_us(config: &ModelConfig) -> u64 {
 /// Whether one request can have several responses.
 pub fn is_decoupled(config: &ModelConfig) -> bool {
     config.model_transaction_policy.as_ref().is_some_and(|policy| policy.decoupled)
+}
+
+/// What `ModelMetadata` answers for a model with this configuration.
+pub fn metadata(config: &ModelConfig, versions: Vec<String>) -> ModelMetadataResponse {
+    let tensor = |name: &str, data_type: i32, dims: &[i64]| {
+        let datatype = DataType::try_from(data_type).ok().and_then(Datatype::from_config);
+        let batch = (config.max_batch_size > 0).then_some(-1);
+        TensorMetadata {
+            name: name.to_owned(),
+            datatype: datatype.map(Datatype::as_str).unwrap_or_default().to_owned(),
+            shape: batch.into_iter().chain(dims.iter().copied()).collect(),
+        }
+    };
+    ModelMetadataResponse {
+        name: config.name.clone(),
+        versions,
+        platform: if config.platform.is_empty() { "pytorch_libtorch".to_owned() } else { config.platform.clone() },
+        inputs: config.input.iter().map(|input| tensor(&input.name, input.data_type, &input.dims)).collect(),
+        outputs: config.output.iter().map(|output| tensor(&output.name, output.data_type, &output.dims)).collect(),
+        properties: [("backend".to_owned(), "pytorch".to_owned())].into(),
+    }
 }
 
 #[cfg(test)]

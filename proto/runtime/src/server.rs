@@ -10,7 +10,8 @@ use tonic::{
     service::Routes,
     transport::{Server, server::TcpIncoming},
 };
-use tonic_health::server::HealthReporter;
+pub use tonic_health::ServingStatus;
+pub use tonic_health::server::HealthReporter;
 
 /// Largest message that is taken or sent unless set otherwise, in bytes: what Triton's clients lift their own limits to.
 pub const MESSAGE_BYTES_MAX: usize = i32::MAX as usize;
@@ -87,7 +88,7 @@ pub fn address(listener: &TcpListener) -> Result<SocketAddr, Error> {
 /// [`Error::Reflection`] if `descriptors` isn't an encoded `FileDescriptorSet`.
 pub async fn with_health_and_reflection(routes: Routes, descriptors: &'static [u8]) -> Result<(Routes, HealthReporter), Error> {
     let (reporter, health) = tonic_health::server::health_reporter();
-    reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+    reporter.set_service_status("", ServingStatus::NotServing).await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(descriptors)

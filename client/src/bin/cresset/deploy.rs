@@ -1,0 +1,310 @@
+//! `cresset deploy`, `cresset undeploy` and `cresset repository`.
+//!
+//! A command carries an id chosen here, the same in every retry, so that it is applied once whoever had to be asked.
+//! Waiting follows the cluster's status as it changes; nothing is polled.
+use std::time::{Duration, Instant};
+
+use cresset_client::CallError;
+use cresset_proto::admin::v1::{
+    DeployRequest, DeployResponse, RepositoryRequest, UndeployRequest, UndeployResponse, admin_service_client::AdminServiceClient,
+};
+use serde::Serialize;
+use tokio::time::timeout;
+
+use crate::{
+    connect::{Cluster, request},
+    output::{self, Format},
+    settings::Settings,
+    status::Report,
+};
+
+const WAIT_DEFAULT: Duration = Duration::from_secs(60);
+
+/// Flags of `cresset deploy`.
+#[derive(clap::Args)]
+pub struct DeployArgs {
+    /// The model's folder in the repository
+    name: String,
+    /// The version to serve [default: the highest in the repository]
+    #[arg(long, value_name = "V", value_parser = clap::value_parser!(u64).range(1..))]
+    version: Option<u64>,
+    /// On how many workers [default: 2, or as many as there are workers if fewer]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    replicas: Option<u32>,
+    /// Wait until every replica is ready; exit 1 with the reason if that can't be
+    #[arg(long)]
+    wait: bool,
+}
+
+/// Flags of `cresset undeploy`.
+#[derive(clap::Args)]
+pub struct UndeployArgs {
+    /// The deployed model
+    name: String,
+    /// Wait until no living worker holds it any more
+    #[arg(long)]
+    wait: bool,
+}
+
+/// Why a deployment wasn't brought about.
+#[derive(Debug, thiserror::Error)]
+pub enum WaitError {
+    /// It can't be served as things are.
+    #[error("model '{name}' can't be served: {reason}")]
+    Failed { name: String, reason: String },
+    /// Someone else's command came in between.
+    #[error("model '{name}' was undeployed meanwhile")]
+    Gone { name: String },
+    /// The time is over.
+    #[error("model '{name}' {doing} after {}: {state}; give it longer with --timeout", output::seconds(*after))]
+    TimedOut { name: String, doing: &'static str, after: Duration, state: String },
+    /// The cluster can't be asked.
+    #[error(transparent)]
+    Call(#[from] CallError),
+}
+
+#[derive(Serialize)]
+struct Deployed<'a> {
+    name: &'a str,
+    version: u64,
+    generation: u64,
+    epoch: u64,
+    /// Only with `--wait`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    state: Option<&'static str>,
+}
+
+/// Runs `cresset deploy`.
+///
+/// # Errors
+/// When it is refused, when nobody answers, and with `--wait` when the model can't be served.
+pub async fn deploy(cluster: &Cluster, args: &DeployArgs, settings: &Settings) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    let accepted = send_deploy(cluster, &args.name, args.version, args.replicas).await?;
+    let label = format!("{}/{}", args.name, accepted.version);
+    if args.wait {
+        eprintln!("cresset: {label} is accepted, waiting until it is ready");
+        wait_ready(cluster, &args.name, &accepted, settings.given_timeout.unwrap_or(WAIT_DEFAULT)).await?;
+    }
+    match settings.output {
+        Format::Json => output::print_json(&Deployed {
+            name: &args.name,
+            version: accepted.version,
+            generation: accepted.generation,
+            epoch: accepted.epoch,
+            state: args.wait.then_some("ready"),
+        })?,
+        Format::Table if args.wait => output::print(&format!("{label} is ready after {}", output::seconds(begun.elapsed())))?,
+        Format::Table => output::print(&format!("{label} is accepted; `cresset status` shows its progress"))?,
+    }
+    Ok(())
+}
+
+/// Sends the command, once however often it has to be asked.
+///
+/// # Errors
+/// [`CallError`] of the cluster.
+pub async fn send_deploy(
+    cluster: &Cluster,
+    name: &str,
+    version: Option<u64>,
+    replicas: Option<u32>,
+) -> Result<DeployResponse, CallError> {
+    let message = DeployRequest {
+        command_id: command_id(),
+        name: name.to_owned(),
+        version: version.unwrap_or(0),
+        replicas: replicas.unwrap_or(0),
+    };
+    let ask = async |channel, limit| AdminServiceClient::new(channel).deploy(request(message.clone(), limit)).await;
+    cluster.call(ask).await
+}
+
+fn command_id() -> bytes::Bytes {
+    bytes::Bytes::copy_from_slice(&rand::random::<[u8; 16]>())
+}
+
+/// What a status says about a deployment that is waited for.
+#[derive(Debug, PartialEq, Eq)]
+enum Progress {
+    Pending(String),
+    Ready,
+    Failed(String),
+    Gone,
+}
+
+fn progress(report: &Report, name: &str, accepted: &DeployResponse) -> Progress {
+    let Some(model) = report.model(name).filter(|model| model.generation >= accepted.generation) else {
+        let is_old = report.epoch < accepted.epoch || report.model(name).is_some();
+        return if is_old { Progress::Pending("not known there yet".to_owned()) } else { Progress::Gone };
+    };
+    let reason = if model.reason.is_empty() { String::new() } else { format!(" ({})", model.reason) };
+    match model.state {
+        "ready" => Progress::Ready,
+        "failed" if model.reason.is_empty() => Progress::Failed("no reason was given".to_owned()),
+        "failed" => Progress::Failed(model.reason.clone()),
+        state => {
+            Progress::Pending(format!("{state}, {} of {} replicas ready{reason}", model.replicas_ready, model.replicas_wanted))
+        }
+    }
+}
+
+async fn wait_ready(cluster: &Cluster, name: &str, accepted: &DeployResponse, limit: Duration) -> Result<(), WaitError> {
+    let name_owned = || name.to_owned();
+    let mut last = "no status came".to_owned();
+    let mut watch = cluster.watch();
+    let follow = async {
+        loop {
+            let report = Report::from(watch.next().await?);
+            match progress(&report, name, accepted) {
+                Progress::Ready => return Ok(()),
+                Progress::Failed(reason) => return Err(WaitError::Failed { name: name_owned(), reason }),
+                Progress::Gone => return Err(WaitError::Gone { name: name_owned() }),
+                Progress::Pending(state) => last = state,
+            }
+        }
+    };
+    let outcome = timeout(limit, follow).await;
+    outcome.unwrap_or_else(|_| {
+        Err(WaitError::TimedOut {
+            name: name_owned(),
+            doing: "isn't ready",
+            after: limit,
+            state: with_error(last, watch.last_error()),
+        })
+    })
+}
+
+fn with_error(state: String, error: Option<&(String, String)>) -> String {
+    match error {
+        Some((address, error)) => format!("{state} ({address}: {error})"),
+        None => state,
+    }
+}
+
+/// Runs `cresset undeploy`.
+///
+/// # Errors
+/// When it is refused, when nobody answers, and with `--wait` when workers still hold it as the time is over.
+pub async fn undeploy(cluster: &Cluster, args: &UndeployArgs, settings: &Settings) -> anyhow::Result<()> {
+    let message = UndeployRequest { command_id: command_id(), name: args.name.clone() };
+    let ask = async |channel, limit| AdminServiceClient::new(channel).undeploy(request(message.clone(), limit)).await;
+    let accepted: UndeployResponse = cluster.call(ask).await?;
+    if args.wait {
+        wait_gone(cluster, &args.name, &accepted, settings.given_timeout.unwrap_or(WAIT_DEFAULT)).await?;
+    }
+    match settings.output {
+        Format::Json => output::print_json(&serde_json::json!({"name": args.name, "epoch": accepted.epoch}))?,
+        Format::Table => output::print(&format!("{} is undeployed", args.name))?,
+    }
+    Ok(())
+}
+
+async fn wait_gone(cluster: &Cluster, name: &str, accepted: &UndeployResponse, limit: Duration) -> Result<(), WaitError> {
+    let mut last = "no status came".to_owned();
+    let mut watch = cluster.watch();
+    let follow = async {
+        loop {
+            let report = Report::from(watch.next().await?);
+            let holders: Vec<_> = report.replicas_of(name).map(|(worker, _)| worker.id.as_str()).collect();
+            if report.epoch >= accepted.epoch && holders.is_empty() {
+                return Ok(());
+            }
+            last = format!("on {}", holders.join(", "));
+        }
+    };
+    let outcome = timeout(limit, follow).await;
+    outcome.unwrap_or_else(|_| {
+        let state = with_error(last, watch.last_error());
+        Err(WaitError::TimedOut { name: name.to_owned(), doing: "is still held", after: limit, state })
+    })
+}
+
+#[derive(Serialize)]
+struct RepositoryRow {
+    name: String,
+    versions: Vec<u64>,
+    platform: String,
+    size_bytes: u64,
+    deployed: bool,
+    /// Why it can't be deployed.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    problem: String,
+}
+
+/// Runs `cresset repository`.
+///
+/// # Errors
+/// When nobody answers, or stdout can't be written.
+pub async fn repository(cluster: &Cluster, format: Format) -> anyhow::Result<()> {
+    let ask = async |channel, limit| AdminServiceClient::new(channel).repository(request(RepositoryRequest {}, limit)).await;
+    let listed = cluster.call(ask).await?;
+    let row = |model: cresset_proto::admin::v1::RepositoryModel| RepositoryRow {
+        problem: output::one_line(&model.problem),
+        name: model.name,
+        versions: model.versions,
+        platform: model.platform,
+        size_bytes: model.size_bytes,
+        deployed: model.deployed,
+    };
+    let rows: Vec<_> = listed.models.into_iter().map(row).collect();
+    match format {
+        Format::Json => output::print_json(&serde_json::json!({ "models": rows }))?,
+        Format::Table => output::print(&repository_table(&rows))?,
+    }
+    Ok(())
+}
+
+fn repository_table(rows: &[RepositoryRow]) -> String {
+    let cells = |row: &RepositoryRow| {
+        let versions = row.versions.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+        let state = match (row.deployed, row.problem.as_str()) {
+            (true, "") => "deployed",
+            (false, "") => "-",
+            (_, problem) => problem,
+        };
+        vec![row.name.clone(), versions, row.platform.clone(), output::bytes(row.size_bytes), state.to_owned()]
+    };
+    output::table(&["MODEL", "VERSIONS", "PLATFORM", "SIZE", "STATE"], rows.iter().map(cells).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::tests::example;
+
+    fn accepted(generation: u64, epoch: u64) -> DeployResponse {
+        DeployResponse { version: 1, generation, epoch }
+    }
+
+    #[test]
+    fn a_failed_model_ends_the_wait_with_its_reason() {
+        let report = Report::from(example());
+        assert_eq!(progress(&report, "broken", &accepted(7, 12)), Progress::Failed("model.pt is not an archive".to_owned()));
+        let pending = Progress::Pending("degraded, 1 of 2 replicas ready (1 of 2 replicas)".to_owned());
+        assert_eq!(progress(&report, "vad", &accepted(7, 12)), pending);
+    }
+
+    #[test]
+    fn what_an_older_status_says_about_an_earlier_deployment_does_not_count() {
+        let report = Report::from(example());
+        assert!(matches!(progress(&report, "broken", &accepted(8, 13)), Progress::Pending(_)));
+        assert!(matches!(progress(&report, "new", &accepted(8, 13)), Progress::Pending(_)));
+        assert_eq!(progress(&report, "new", &accepted(8, 12)), Progress::Gone);
+    }
+
+    #[test]
+    fn the_repository_shows_why_a_model_cannot_be_deployed() {
+        let row = |name: &str, problem: &str| RepositoryRow {
+            name: name.to_owned(),
+            versions: vec![1, 3],
+            platform: "pytorch_libtorch".to_owned(),
+            size_bytes: 2048,
+            deployed: false,
+            problem: problem.to_owned(),
+        };
+        let text = repository_table(&[row("vad", ""), row("bad", "config.pbtxt line 3 column 5: expected ':'")]);
+        assert!(text.contains("vad    1, 3      pytorch_libtorch  2.0 KiB  -\n"), "{text}");
+        assert!(text.contains("line 3 column 5"), "{text}");
+    }
+}

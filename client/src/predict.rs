@@ -1,0 +1,243 @@
+//! Predictions: one request, the requests of a sequence, and streams of both, each with failover.
+//!
+//! [`Router`] is the whole of it for a caller. `unary` sends single requests, `sequence` owns what a sequence needs to
+//! survive its worker, `sessions` finds it by its id, `stream` puts many requests on one stream in order, `failover` keeps
+//! count of what a request has tried.
+mod call;
+mod failover;
+mod sequence;
+mod sessions;
+mod stream;
+mod unary;
+
+use std::sync::Arc;
+
+use cresset_proto::{
+    inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse},
+    parameters::Parameters,
+    reason::Reason,
+};
+use futures::Stream;
+use tokio::{
+    sync::{oneshot, watch},
+    time::Instant,
+};
+use tonic::Status;
+
+pub use call::CallOptions;
+
+use crate::{
+    predict::sessions::Sessions,
+    routes::{ModelRoute, RouteTable, Version},
+    settings::RouterSettings,
+    workers::Workers,
+};
+
+/// The router: predictions on whichever replica is best, moved to another when it fails. Clones are cheap and share
+/// connections and sequences.
+#[derive(Debug, Clone)]
+pub struct Router(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    routes: watch::Receiver<Arc<RouteTable>>,
+    settings: RouterSettings,
+    workers: Workers,
+    sessions: Sessions,
+    started: Instant,
+}
+
+/// What a request is, once it is known whether it belongs to a sequence.
+enum Work {
+    Single(ModelInferRequest),
+    /// The session has it; this is where its answer comes.
+    Sequence(oneshot::Receiver<Result<ModelInferResponse, Status>>),
+}
+
+impl Router {
+    /// A router over a table of routes that others keep fresh.
+    pub fn new(routes: watch::Receiver<Arc<RouteTable>>, settings: RouterSettings) -> Self {
+        let workers = Workers::new(settings.connection);
+        Self(Arc::new(Inner { routes, settings, workers, sessions: Sessions::new(), started: Instant::now() }))
+    }
+
+    /// The newest routes.
+    pub fn routes(&self) -> Arc<RouteTable> {
+        self.0.routes.borrow().clone()
+    }
+
+    /// How many sequences are open, as it changes.
+    pub fn sequences_live(&self) -> watch::Receiver<usize> {
+        self.0.sessions.live()
+    }
+
+    /// Runs one request, alone or as the next of its sequence. Dropping the future cancels the request at the worker, except
+    /// one of a sequence, which keeps its place there.
+    ///
+    /// # Errors
+    /// What a client of Triton would see; see [`CallOptions::rich_status`].
+    pub async fn infer(&self, request: ModelInferRequest, options: &CallOptions) -> Result<ModelInferResponse, Status> {
+        self.0.infer(request, options, true).await.map_err(|status| call::dress(status, options.rich_status))
+    }
+
+    /// Runs requests as they come and yields their answers in the order of the requests. One that fails is answered by an
+    /// `error_message` in its place, and the stream goes on.
+    pub fn stream<S>(
+        &self,
+        requests: S,
+        options: CallOptions,
+    ) -> impl Stream<Item = Result<ModelStreamInferResponse, Status>> + Send + use<S>
+    where
+        S: Stream<Item = Result<ModelInferRequest, Status>> + Send + 'static,
+    {
+        stream::run(Arc::clone(&self.0), requests, options)
+    }
+
+    /// Hands a request of a sequence over, in order of the calls, and returns where its answer will come.
+    pub(crate) async fn submit(
+        &self,
+        request: ModelInferRequest,
+        options: &CallOptions,
+    ) -> Result<oneshot::Receiver<Result<ModelInferResponse, Status>>, Status> {
+        let deadline = self.0.deadline(options);
+        match self.0.begin(request, options, deadline, true).await? {
+            Work::Sequence(answer) => Ok(answer),
+            Work::Single(request) => {
+                let text = format!("model '{}' has no sequences: its configuration lacks sequence_batching", request.model_name);
+                Err(Reason::InvalidArgument.status(text))
+            }
+        }
+    }
+}
+
+impl Inner {
+    /// Milliseconds on the router's own clock.
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn deadline(&self, options: &CallOptions) -> Instant {
+        let own = Instant::now() + self.settings.request_timeout;
+        options.deadline.map_or(own, |deadline| deadline.min(own))
+    }
+
+    async fn infer(
+        self: &Arc<Self>,
+        request: ModelInferRequest,
+        options: &CallOptions,
+        unary: bool,
+    ) -> Result<ModelInferResponse, Status> {
+        let deadline = self.deadline(options);
+        match self.begin(request, options, deadline, unary).await? {
+            Work::Single(request) => unary::infer(self, request, options, deadline).await,
+            Work::Sequence(answer) => received(answer).await,
+        }
+    }
+
+    /// Checks what the router must know of a request, in Triton's order, and enqueues it if it is part of a sequence.
+    async fn begin(
+        self: &Arc<Self>,
+        request: ModelInferRequest,
+        options: &CallOptions,
+        deadline: Instant,
+        unary: bool,
+    ) -> Result<Work, Status> {
+        let version = version_of(&request.model_version)?;
+        let route = self.route(&request.model_name, version, deadline).await?;
+        if route.decoupled {
+            return Err(Reason::Unsupported.status(if unary {
+                "ModelInfer RPC doesn't support models with decoupled transaction policy".to_owned()
+            } else {
+                format!("model '{}' has a decoupled transaction policy, which isn't served yet", route.name)
+            }));
+        }
+        if route.shards > 1 {
+            let text = format!("model '{}' has {} shards; models of several shards aren't served yet", route.name, route.shards);
+            return Err(Reason::Unsupported.status(text));
+        }
+        let parameters = Parameters::read(&request.parameters).map_err(|error| error.reason().status(error.to_string()))?;
+        if !route.stateful {
+            return Ok(Work::Single(request));
+        }
+        sessions::submit(self, &route, version, request, parameters, options, deadline).await.map(Work::Sequence)
+    }
+
+    /// The route of a model; waits for the first table if none has come yet.
+    async fn route(&self, name: &str, version: Version, deadline: Instant) -> Result<Arc<ModelRoute>, Status> {
+        let mut routes = self.routes.clone();
+        let patience = deadline.min(Instant::now() + self.settings.route_wait);
+        let table = match tokio::time::timeout_at(patience, routes.wait_for(|table| table.is_received())).await {
+            Ok(Ok(table)) => Arc::clone(&table),
+            Ok(Err(_)) | Err(_) => {
+                return Err(Reason::NoReplica.status("no routes are known yet: no coordinator has sent any"));
+            }
+        };
+        lookup(&table, name, version).cloned()
+    }
+}
+
+/// The answer of a session; an error if the session ended without one.
+pub(crate) async fn received(
+    answer: oneshot::Receiver<Result<ModelInferResponse, Status>>,
+) -> Result<ModelInferResponse, Status> {
+    let lost = |_| Err(Reason::NoReplica.status("the sequence ended before this request was answered"));
+    answer.await.unwrap_or_else(lost)
+}
+
+/// The route of a model, or Triton's words for its absence.
+fn lookup<'a>(table: &'a RouteTable, name: &str, version: Version) -> Result<&'a Arc<ModelRoute>, Status> {
+    table.model(name, version).ok_or_else(|| {
+        Reason::UnknownModel.status(match version {
+            Version::Exactly(version) if table.has_model(name) => {
+                format!("Request for unknown model: '{name}' version {version} is not found")
+            }
+            _ => format!("Request for unknown model: '{name}' is not found"),
+        })
+    })
+}
+
+/// Reads `model_version`: empty for the highest that is served, else a number from 0.
+fn version_of(text: &str) -> Result<Version, Status> {
+    if text.is_empty() {
+        return Ok(Version::Highest);
+    }
+    if let Ok(version) = text.parse::<u64>() {
+        return Ok(Version::Exactly(version));
+    }
+    let shown: String = text.chars().take(40).collect();
+    Err(Reason::InvalidArgument.status(match text.parse::<i64>() {
+        Ok(_) => format!("invalid model version specified '{shown}': it must be 0 or more"),
+        Err(_) => format!("failed to get model version from specified version string '{shown}' (it must be a whole number)"),
+    }))
+}
+
+#[cfg(test)]
+mod tests;
+
+#[cfg(test)]
+mod checks {
+    use tonic::Code;
+
+    use super::*;
+
+    #[test]
+    fn versions_are_numbers_or_nothing() {
+        assert_eq!(version_of("").unwrap(), Version::Highest);
+        assert_eq!(version_of("7").unwrap(), Version::Exactly(7));
+        let latest = version_of("latest").unwrap_err();
+        assert_eq!(latest.code(), Code::InvalidArgument);
+        assert!(latest.message().starts_with("failed to get model version from specified version string 'latest'"));
+        assert!(version_of("-1").unwrap_err().message().starts_with("invalid model version specified '-1'"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_any_table_a_request_waits_and_then_says_why() {
+        let (_sender, routes) = watch::channel(Arc::new(RouteTable::unknown()));
+        let router = Router::new(routes, RouterSettings::default());
+        let started = Instant::now();
+        let request = ModelInferRequest { model_name: "m".into(), ..Default::default() };
+        let status = router.infer(request, &CallOptions::default()).await.unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable);
+        assert_eq!(started.elapsed(), RouterSettings::default().route_wait);
+    }
+}

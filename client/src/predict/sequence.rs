@@ -1,0 +1,446 @@
+//! One sequence: the task that owns its journal and its stream to a worker.
+//!
+//! Requests come in by the inbox, get their ordinal in the journal, and go to the worker that the sequence sticks to. When
+//! that one fails, the next worker gets the checkpoint and all requests since, and answers that were delivered before are
+//! discarded. It gives up only when nobody waits any more, or when the model itself is gone.
+//!
+//! The task ends when the inbox is closed (after END, or by a newer START) and everything is answered, or when nothing has
+//! happened for as long as the model's configuration allows.
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use cresset_proto::{
+    fleet::v1::{
+        Open, RunRequest, RunResponse, Step, StepError, run_request, run_response,
+        sequences_service_client::SequencesServiceClient,
+    },
+    inference::ModelInferResponse,
+    model_config,
+    reason::Reason,
+};
+use futures::{StreamExt, TryFutureExt, stream::BoxStream};
+use tokio::{
+    sync::{OwnedSemaphorePermit, mpsc, watch},
+    time::Instant,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Response, Status};
+use tracing::Instrument;
+
+use super::{
+    CallOptions, Inner,
+    call::{deadline_exceeded, outcome},
+    failover::Failover,
+    sessions::{Ask, Key, Reply},
+};
+use crate::{
+    journal::{Accept, Journal, Lane, Outcome},
+    retry::{Kind, PAUSE_MS_MAX, Pays, Verdict},
+    routes::{InFlight, ModelRoute, Replica, RouteTable, Version},
+    workers::Connection,
+};
+
+/// Requests that wait to be written to a worker's connection.
+const LINK_QUEUE: usize = 16;
+
+/// A request that has an ordinal and no answer. In order of the ordinals, without gaps.
+struct Pending {
+    deadline: Instant,
+    /// `None` when the caller's deadline has passed.
+    reply: Option<Reply>,
+    _permits: [OwnedSemaphorePermit; 2],
+}
+
+impl Pending {
+    fn is_awaited(&self) -> bool {
+        self.reply.as_ref().is_some_and(|reply| !reply.is_closed())
+    }
+}
+
+/// The stream to the worker that the sequence sticks to.
+struct Link {
+    replica: Arc<Replica>,
+    connection: Connection,
+    lane: Lane,
+    requests: mpsc::Sender<RunRequest>,
+    responses: BoxStream<'static, Result<RunResponse, Status>>,
+    _in_flight: InFlight,
+}
+
+/// The task's state.
+pub(super) struct Session {
+    router: Arc<Inner>,
+    key: Key,
+    id: u64,
+    version: u64,
+    generation: u64,
+    idle: Duration,
+    options: CallOptions,
+    inbox: mpsc::Receiver<Ask>,
+    inbox_open: bool,
+    routes: watch::Receiver<Arc<RouteTable>>,
+    journal: Journal,
+    pending: VecDeque<Pending>,
+    /// Didn't fit the journal; goes in when a checkpoint makes room.
+    parked: Option<Ask>,
+    link: Option<Link>,
+    failover: Failover,
+    /// No new link before this, unless newer routes come.
+    resume_at: Option<Instant>,
+    active_at: Instant,
+}
+
+/// What the task wakes up for.
+enum Event {
+    Answer(Option<Result<RunResponse, Status>>),
+    Room,
+    Ask(Option<Ask>),
+    WorkerGone,
+    Retry,
+    Deadline,
+    Idle,
+}
+
+impl Session {
+    pub(super) fn new(
+        router: Arc<Inner>,
+        key: Key,
+        id: u64,
+        route: &ModelRoute,
+        options: CallOptions,
+        inbox: mpsc::Receiver<Ask>,
+    ) -> Self {
+        let idle_us = model_config::sequence_idle_us(&route.config);
+        Self {
+            key,
+            id,
+            version: route.version,
+            generation: route.generation,
+            idle: Duration::from_micros(idle_us),
+            options,
+            inbox,
+            inbox_open: true,
+            routes: router.routes.clone(),
+            journal: Journal::new(router.settings.journal),
+            pending: VecDeque::new(),
+            parked: None,
+            link: None,
+            failover: Failover::new(&router, Kind::Sequence),
+            resume_at: None,
+            active_at: Instant::now(),
+            router,
+        }
+    }
+
+    /// Lives the sequence's life.
+    pub(super) async fn run(self) {
+        let span = tracing::debug_span!("sequence", model = %self.key.model, sequence = %self.key.sequence);
+        self.live().instrument(span).await;
+    }
+
+    async fn live(mut self) {
+        loop {
+            self.connect();
+            if !self.inbox_open && !self.is_awaited() {
+                break;
+            }
+            let before = self.journal.bytes();
+            match self.next_event().await {
+                Event::Answer(Some(Ok(response))) => self.on_answer(response),
+                Event::Answer(Some(Err(status))) => self.on_link_failed(status),
+                // The worker may end the stream only after us.
+                Event::Answer(None) => self.on_link_failed(Status::unknown("the worker ended the sequence's stream")),
+                Event::Room => self.send(),
+                Event::Ask(Some(ask)) => self.on_ask(ask),
+                Event::Ask(None) => self.inbox_open = false,
+                Event::WorkerGone => {
+                    let text = format!("worker {} was judged dead", self.worker());
+                    self.on_link_failed(Reason::Fenced.status(text));
+                }
+                Event::Retry => {
+                    self.resume_at = None;
+                    self.failover.forgive();
+                }
+                Event::Deadline => self.on_deadline(),
+                Event::Idle => self.expire(),
+            }
+            self.router.sessions.count_bytes(before, self.journal.bytes());
+        }
+        self.router.sessions.count_bytes(self.journal.bytes(), 0);
+        self.router.sessions.close(&self.key, self.id);
+    }
+
+    async fn next_event(&mut self) -> Event {
+        let open = self.pending.iter().filter(|pending| pending.reply.is_some()).map(|pending| pending.deadline);
+        let deadline = open.chain(self.parked.iter().map(|ask| ask.deadline)).min();
+        let awaited = self.is_awaited();
+        let has_more = self.link.as_ref().is_some_and(|link| link.lane.has_more(&self.journal));
+        let waiting = self.link.is_none() && awaited;
+        let resume_at = self.resume_at;
+        let idle_at = self.active_at + self.idle;
+        let can_take = self.inbox_open && self.parked.is_none();
+        let link = self.link.as_mut();
+        let (requests, responses, replica) = match link {
+            Some(link) => (Some(&link.requests), Some(&mut link.responses), Some(&link.replica)),
+            None => (None, None, None),
+        };
+        tokio::select! {
+            biased;
+            answer = maybe(responses.map(StreamExt::next)) => Event::Answer(answer),
+            room = maybe(requests.filter(|_| has_more).map(mpsc::Sender::reserve)) => match room {
+                Ok(_) => Event::Room,
+                Err(_) => Event::Answer(None),
+            },
+            ask = self.inbox.recv(), if can_take => Event::Ask(ask),
+            () = maybe(replica.map(|replica| replica.gone())) => Event::WorkerGone,
+            changed = self.routes.changed(), if waiting && self.routes.has_changed().is_ok() => {
+                let _ = changed;
+                Event::Retry
+            }
+            () = maybe(resume_at.filter(|_| waiting).map(tokio::time::sleep_until)) => Event::Retry,
+            () = maybe(deadline.map(tokio::time::sleep_until)) => Event::Deadline,
+            () = tokio::time::sleep_until(idle_at), if !awaited && self.inbox_open => Event::Idle,
+        }
+    }
+
+    /// Whether anybody waits for an answer.
+    fn is_awaited(&self) -> bool {
+        self.parked.is_some() || self.pending.iter().any(Pending::is_awaited)
+    }
+
+    fn worker(&self) -> &str {
+        self.link.as_ref().map_or("none", |link| &link.replica.worker_id)
+    }
+
+    fn on_ask(&mut self, ask: Ask) {
+        self.active_at = Instant::now();
+        let Ask { request, deadline, reply, permits } = ask;
+        let total = self.router.sessions.journals_bytes.load(std::sync::atomic::Ordering::Relaxed);
+        if total > self.router.settings.journals_bytes_max && self.pending.is_empty() {
+            let limit = self.router.settings.journals_bytes_max;
+            let text = format!(
+                "the journals of all sequences hold {total} bytes, the limit is journals_bytes_max = {limit}; end some sequences"
+            );
+            let _ = reply.send(Err(Reason::QueueFull.status(text)));
+            return;
+        }
+        match self.journal.push(request) {
+            Ok(_) => {
+                self.pending.push_back(Pending { deadline, reply: Some(reply), _permits: permits });
+                self.send();
+            }
+            // An answer under way may bring the checkpoint that makes room.
+            Err((_, request)) if !self.pending.is_empty() => {
+                self.parked = Some(Ask { request: *request, deadline, reply, permits });
+            }
+            Err((full, _)) => {
+                // The caller may have gone.
+                let _ = reply.send(Err(Reason::QueueFull.status(full.to_string())));
+            }
+        }
+    }
+
+    /// Makes sure of a link when somebody waits for an answer and the time for it has come.
+    fn connect(&mut self) {
+        if self.link.is_some() || self.resume_at.is_some() || !self.is_awaited() {
+            return;
+        }
+        let table = self.routes.borrow_and_update().clone();
+        let Some(route) = table.model(&self.key.model, Version::Exactly(self.version)) else {
+            let text = format!("Request for unknown model: '{}' is not found", self.key.model);
+            return self.end(&Reason::UnknownModel.status(text));
+        };
+        if route.generation != self.generation {
+            let text = format!(
+                "sequence {} ended because model '{}' was deployed anew; start it again",
+                self.key.sequence, self.key.model
+            );
+            return self.end(&Reason::SequenceNotStarted.status(text));
+        }
+        let Some(replica) = self.failover.pick(&self.router, route) else {
+            // Newer routes or the callers' deadlines end this; or time, if there is somebody to try again.
+            if !route.replicas.is_empty() {
+                self.resume_at = Some(Instant::now() + Duration::from_millis(PAUSE_MS_MAX));
+            }
+            return;
+        };
+        match self.open(&replica) {
+            Ok(link) => {
+                tracing::debug!(worker = %replica.worker_id, epoch = table.epoch(), from = link.lane.checkpoint_ordinal, "on a worker");
+                self.link = Some(link);
+                self.send();
+            }
+            Err(status) => self.on_failure(&replica, &status),
+        }
+    }
+
+    /// Begins a stream; whether the worker takes it shows in the answers.
+    fn open(&self, replica: &Arc<Replica>) -> Result<Link, Status> {
+        let connection = self.router.workers.connection(replica)?;
+        let lane = Lane::open(&self.journal);
+        let open = Open {
+            model: self.key.model.clone(),
+            version: self.version,
+            generation: self.generation,
+            incarnation: replica.incarnation,
+            sequence_id: self.key.sequence.to_string(),
+            checkpoint: lane.checkpoint.clone(),
+            checkpoint_ordinal: lane.checkpoint_ordinal,
+        };
+        let (requests, outgoing) = mpsc::channel(LINK_QUEUE);
+        let first = RunRequest { message: Some(run_request::Message::Open(open)) };
+        requests.try_send(first).map_err(|_| Status::internal("a new queue is full"))?;
+        let bytes_max = self.router.workers.message_bytes_max();
+        let mut client = SequencesServiceClient::new(connection.channel.clone())
+            .max_decoding_message_size(bytes_max)
+            .max_encoding_message_size(bytes_max);
+        let call = self.options.wrap(ReceiverStream::new(outgoing), replica, None);
+        let responses = async move { client.run(call).await.map(Response::into_inner) }.try_flatten_stream().boxed();
+        let _in_flight = replica.enter();
+        Ok(Link { replica: Arc::clone(replica), connection, lane, requests, responses, _in_flight })
+    }
+
+    /// Gives the link what it has room for.
+    fn send(&mut self) {
+        let Some(link) = self.link.as_mut() else { return };
+        while link.requests.capacity() > 0 {
+            let Some(next) = link.lane.send(&self.journal) else { return };
+            let step = Step { ordinal: next.wire_ordinal, request: Some(next.request), want_checkpoint: next.want_checkpoint };
+            // It can only fail when the connection has ended, and then the answers say so.
+            let _ = link.requests.try_send(RunRequest { message: Some(run_request::Message::Step(step)) });
+        }
+    }
+
+    fn on_answer(&mut self, answer: RunResponse) {
+        let Some(link) = self.link.as_mut() else { return };
+        let (outcome, answered) = match answer.result {
+            Some(run_response::Result::Response(response)) => (Outcome::Answered, Ok(response)),
+            Some(run_response::Result::Error(error)) => (Outcome::Failed, Err(step_status(&error))),
+            None => return self.on_link_failed(Status::internal("the worker sent an answer without a result")),
+        };
+        if let Err(status) = &answered
+            && is_the_workers(status)
+        {
+            return self.on_link_failed(Status::with_metadata(status.code(), status.message(), status.metadata().clone()));
+        }
+        let Some(ordinal) = link.lane.answered(answer.ordinal) else {
+            return self.on_link_failed(Status::internal(format!("the worker answered {} out of turn", answer.ordinal)));
+        };
+        match self.journal.accept(ordinal, outcome) {
+            Accept::Deliver => {
+                link.replica.note_success();
+                self.failover.reset(&self.router);
+                self.deliver(answered);
+            }
+            Accept::Duplicate => {}
+            Accept::Diverged => {
+                return self.on_link_failed(Status::internal(format!("request {ordinal} failed when it was run again")));
+            }
+            Accept::Gap => return self.on_link_failed(Status::internal(format!("the worker answered {ordinal} out of turn"))),
+        }
+        if let Some(state) = answer.checkpoint {
+            self.journal.checkpoint(ordinal, state);
+        }
+        if let Some(ask) = self.parked.take() {
+            self.on_ask(ask);
+        }
+    }
+
+    fn deliver(&mut self, answer: Result<ModelInferResponse, Status>) {
+        self.active_at = Instant::now();
+        if let Some(pending) = self.pending.pop_front()
+            && let Some(reply) = pending.reply
+        {
+            // The caller may have gone.
+            let _ = reply.send(answer);
+        }
+    }
+
+    fn on_link_failed(&mut self, status: Status) {
+        if let Some(link) = self.link.take() {
+            self.router.workers.failed(&link.connection, &status);
+            self.on_failure(&link.replica, &status);
+        }
+    }
+
+    fn on_failure(&mut self, replica: &Arc<Replica>, status: &Status) {
+        let table = self.routes.borrow_and_update().clone();
+        let route = table.model(&self.key.model, Version::Exactly(self.version)).map(AsRef::as_ref);
+        // The deadlines of the callers are looked after one by one.
+        let far = Instant::now() + self.router.settings.request_timeout;
+        let pause_ms = match self.failover.failed(&self.router, route, replica, status, far) {
+            Verdict::Move { after_ms, .. } => after_ms,
+            Verdict::Wait { at_most_ms, .. } => at_most_ms,
+            Verdict::GiveUp => {
+                let status = Status::with_metadata(status.code(), status.message(), status.metadata().clone());
+                return self.end(&outcome(status, &self.key.model));
+            }
+        };
+        self.resume_at = (pause_ms > 0).then(|| Instant::now() + Duration::from_millis(pause_ms));
+    }
+
+    /// Answers those whose time is over. Their requests keep their places: they may have been run.
+    fn on_deadline(&mut self) {
+        let now = Instant::now();
+        for pending in self.pending.iter_mut().filter(|pending| pending.deadline <= now) {
+            if let Some(reply) = pending.reply.take() {
+                let _ = reply.send(Err(deadline_exceeded(&self.key.model)));
+            }
+        }
+        if let Some(ask) = self.parked.take_if(|ask| ask.deadline <= now) {
+            let _ = ask.reply.send(Err(deadline_exceeded(&self.key.model)));
+        }
+    }
+
+    /// Nothing has happened for too long. What slipped into the inbox at the last moment is still served.
+    fn expire(&mut self) {
+        tracing::debug!(idle_ms = self.idle.as_millis(), "an idle sequence ends");
+        self.router.sessions.close(&self.key, self.id);
+        self.inbox.close();
+    }
+
+    /// The sequence can't go on: everybody hears why.
+    fn end(&mut self, status: &Status) {
+        tracing::debug!(%status, "a sequence ends early");
+        self.router.sessions.close(&self.key, self.id);
+        self.inbox.close();
+        self.inbox_open = false;
+        let said = || Status::with_metadata(status.code(), status.message(), status.metadata().clone());
+        for reply in self.pending.drain(..).filter_map(|pending| pending.reply) {
+            let _ = reply.send(Err(said()));
+        }
+        if let Some(ask) = self.parked.take() {
+            let _ = ask.reply.send(Err(said()));
+        }
+        while let Ok(ask) = self.inbox.try_recv() {
+            let _ = ask.reply.send(Err(said()));
+        }
+    }
+}
+
+/// The future, or none that ever ends.
+async fn maybe<F: Future>(future: Option<F>) -> F::Output {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether an error that stands for one request is really about the worker, so that the sequence had better move.
+fn is_the_workers(status: &Status) -> bool {
+    use crate::retry::{Budget, Failure, decide};
+    let budget = Budget { moves_left: 1, overloads_left: 1, failures: 1, others: true, now_ms: 0, deadline_ms: 1 };
+    let failure = Failure::of(status);
+    match decide(failure, failure.point(), Kind::Sequence, &budget) {
+        // No room for one request: that is its answer.
+        Verdict::GiveUp | Verdict::Move { pays: Pays::Overload, .. } => false,
+        Verdict::Move { .. } | Verdict::Wait { .. } => true,
+    }
+}
+
+/// A request's own error as a status.
+fn step_status(error: &StepError) -> Status {
+    match error.reason.parse::<Reason>() {
+        Ok(reason) => reason.status(error.message.clone()),
+        Err(()) => Status::new(Code::from_i32(error.code), error.message.clone()),
+    }
+}

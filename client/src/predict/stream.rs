@@ -1,0 +1,94 @@
+//! Many requests on one stream: run side by side, answered in order.
+//!
+//! Requests are begun one after the other, so that those of one sequence keep their order, and a bounded number of them runs
+//! at a time. Everything is polled by whoever reads the answers: a slow reader slows the reading of requests, and dropping
+//! the stream cancels what is under way.
+use std::sync::Arc;
+
+use cresset_proto::{
+    inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse},
+    parameters::{bool_parameter, int64_parameter, keys, string_parameter},
+    reason::Reason,
+};
+use futures::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
+use tonic::Status;
+
+use super::{CallOptions, Inner, Work, call::dress, received, unary};
+
+/// The code of an error on a stream, for those who asked for rich statuses.
+const STATUS_CODE: &str = "cresset_status_code";
+/// The reason of an error on a stream.
+const STATUS_REASON: &str = "cresset_reason";
+
+type Answer = Result<ModelStreamInferResponse, Status>;
+
+pub(super) fn run<S>(router: Arc<Inner>, requests: S, options: CallOptions) -> impl Stream<Item = Answer> + Send + 'static
+where
+    S: Stream<Item = Result<ModelInferRequest, Status>> + Send + 'static,
+{
+    let at_once = router.settings.stream_requests_max.max(1);
+    let options = Arc::new(options);
+    let answers = requests.then(move |request| begin(Arc::clone(&router), request, Arc::clone(&options))).buffered(at_once);
+    until_error(answers)
+}
+
+/// Begins a request and returns what will be its answer.
+async fn begin(
+    router: Arc<Inner>,
+    request: Result<ModelInferRequest, Status>,
+    options: Arc<CallOptions>,
+) -> BoxFuture<'static, Answer> {
+    let request = match request {
+        Ok(request) => request,
+        // The caller's side of the stream broke.
+        Err(status) => return std::future::ready(Err(status)).boxed(),
+    };
+    let echo = ModelInferResponse { id: request.id.clone(), model_name: request.model_name.clone(), ..Default::default() };
+    let deadline = router.deadline(&options);
+    let work = router.begin(request, &options, deadline, false).await;
+    async move {
+        let result = match work {
+            Ok(Work::Single(request)) => unary::infer(&router, request, &options, deadline).await,
+            Ok(Work::Sequence(answer)) => received(answer).await,
+            Err(status) => Err(status),
+        };
+        finish(result, echo, &options)
+    }
+    .boxed()
+}
+
+/// Puts an answer, or an error, into the stream's form.
+fn finish(result: Result<ModelInferResponse, Status>, mut echo: ModelInferResponse, options: &CallOptions) -> Answer {
+    let (error_message, mut response) = match result {
+        Ok(response) => (String::new(), response),
+        Err(status) => {
+            let status = dress(status, options.rich_status);
+            if options.stream_errors {
+                return Err(status);
+            }
+            if options.rich_status {
+                let code = i64::from(i32::from(status.code()));
+                echo.parameters.insert(STATUS_CODE.to_owned(), int64_parameter(code));
+                if let Some(reason) = Reason::of(&status) {
+                    echo.parameters.insert(STATUS_REASON.to_owned(), string_parameter(reason.as_str()));
+                }
+            }
+            // An empty message would mean success.
+            let text = if status.message().is_empty() { status.code().description() } else { status.message() };
+            (text.to_owned(), echo)
+        }
+    };
+    response.parameters.insert(keys::FINAL.to_owned(), bool_parameter(true));
+    Ok(ModelStreamInferResponse { error_message, infer_response: Some(response) })
+}
+
+/// The stream up to and with its first error.
+fn until_error(answers: impl Stream<Item = Answer> + Send + 'static) -> impl Stream<Item = Answer> + Send + 'static {
+    stream::unfold(Some(answers.boxed()), |answers| async {
+        let mut answers = answers?;
+        match answers.next().await? {
+            Ok(answer) => Some((Ok(answer), Some(answers))),
+            Err(status) => Some((Err(status), None)),
+        }
+    })
+}

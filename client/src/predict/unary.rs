@@ -1,0 +1,109 @@
+//! One request without state, on one replica after the other until it is answered.
+use std::{sync::Arc, time::Duration};
+
+use cresset_proto::inference::{
+    ModelInferRequest, ModelInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
+};
+use cresset_proto::reason::Reason;
+use tokio::time::Instant;
+use tonic::Status;
+use tracing::Instrument;
+
+use super::{
+    CallOptions, Inner,
+    call::{deadline_exceeded, no_replica, outcome},
+    failover::{Failover, newer_routes},
+    lookup, version_of,
+};
+use crate::{
+    retry::{Kind, Verdict},
+    routes::Replica,
+};
+
+/// An error so close to the deadline is the deadline's: the worker and tonic watch it too, with timers of their own.
+const DEADLINE_GRAIN: Duration = Duration::from_millis(2);
+
+/// Runs the request, or says in a caller's words why not.
+pub(super) async fn infer(
+    router: &Inner,
+    request: ModelInferRequest,
+    options: &CallOptions,
+    deadline: Instant,
+) -> Result<ModelInferResponse, Status> {
+    let mut routes = router.routes.clone();
+    let mut failover = Failover::new(router, Kind::Unary);
+    let version = version_of(&request.model_version)?;
+    let model = request.model_name.clone();
+    let mut last: Option<Status> = None;
+    // Runs from the moment when nobody could take the request.
+    let mut patience: Option<Instant> = None;
+    loop {
+        let table = routes.borrow_and_update().clone();
+        let route = lookup(&table, &model, version)?;
+        let pause = match failover.pick(router, route) {
+            Some(replica) => {
+                let span = tracing::debug_span!("attempt", %model, worker = %replica.worker_id, epoch = table.epoch());
+                let attempt = once(router, &replica, request.clone(), options, deadline);
+                let status = match attempt.instrument(span).await {
+                    Ok(response) => {
+                        replica.note_success();
+                        return Ok(response);
+                    }
+                    Err(status) => status,
+                };
+                if Instant::now() + DEADLINE_GRAIN >= deadline {
+                    return Err(deadline_exceeded(&model));
+                }
+                let verdict = failover.failed(router, Some(route), &replica, &status, deadline);
+                let pause = match verdict {
+                    Verdict::GiveUp => return Err(outcome(status, &model)),
+                    Verdict::Move { after_ms, .. } => after_ms,
+                    Verdict::Wait { at_most_ms, .. } => at_most_ms,
+                };
+                last = Some(status);
+                if pause == 0 {
+                    continue;
+                }
+                Some(Duration::from_millis(pause))
+            }
+            // Nobody is ready; only a newer table can help.
+            None => None,
+        };
+        let now = Instant::now();
+        let give_up = deadline.min(*patience.get_or_insert(now + router.settings.route_wait));
+        newer_routes(&mut routes, pause.map_or(give_up, |pause| give_up.min(now + pause))).await;
+        failover.forgive();
+        if Instant::now() >= deadline {
+            return Err(deadline_exceeded(&model));
+        }
+        if Instant::now() >= give_up {
+            return Err(no_replica(&model, route.version, last.as_ref()));
+        }
+    }
+}
+
+/// One attempt at one replica. Dropping it resets the call there.
+async fn once(
+    router: &Inner,
+    replica: &Arc<Replica>,
+    request: ModelInferRequest,
+    options: &CallOptions,
+    deadline: Instant,
+) -> Result<ModelInferResponse, Status> {
+    let _in_flight = replica.enter();
+    let connection = router.workers.connection(replica)?;
+    let bytes_max = router.workers.message_bytes_max();
+    let mut client = GrpcInferenceServiceClient::new(connection.channel.clone())
+        .max_decoding_message_size(bytes_max)
+        .max_encoding_message_size(bytes_max);
+    let answer = tokio::select! {
+        biased;
+        answer = client.model_infer(options.wrap(request, replica, Some(deadline))) => answer.map(tonic::Response::into_inner),
+        () = tokio::time::sleep_until(deadline) => Err(deadline_exceeded("")),
+        () = replica.gone() => Err(Reason::Fenced.status(format!("worker {} was judged dead", replica.worker_id))),
+    };
+    if let Err(status) = &answer {
+        router.workers.failed(&connection, status);
+    }
+    answer
+}

@@ -1,0 +1,382 @@
+//! A model repository on disk, in Triton's layout: `NAME/config.pbtxt`, `NAME/VERSION/model.pt`.
+//!
+//! Coordinators read it to deploy, workers to load; both come to the same digest of the same files. Nothing here ever
+//! writes, and a model's name can't lead out of the repository's folder.
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
+
+use cresset_proto::{
+    ids::{IdError, check_model_name},
+    inference::ModelConfig,
+    model_config::{PBTXT_BYTES_MAX, PbtxtError, parse_pbtxt},
+};
+use sha2::{Digest, Sha256};
+
+/// The model file unless `default_model_filename` names another.
+const MODEL_FILE: &str = "model.pt";
+/// Models that a repository may hold; more are not listed.
+const MODELS_MAX: usize = 100_000;
+/// Files that a version may hold.
+const FILES_MAX: usize = 10_000;
+
+/// A repository's folder.
+#[derive(Debug, Clone)]
+pub struct Repository {
+    root: PathBuf,
+}
+
+/// One version of a model, ready to be deployed or loaded.
+#[derive(Debug, Clone)]
+pub struct StoredModel {
+    /// The model's name: its folder's.
+    pub name: String,
+    /// The version: a folder's name too.
+    pub version: u64,
+    /// What `config.pbtxt` says, with the name filled in.
+    pub config: ModelConfig,
+    /// The file that holds the model.
+    pub file: PathBuf,
+    /// Bytes of all the version's files.
+    pub size_bytes: u64,
+    /// Lower-case hex SHA-256 over the version's files: for each, in order of names, its name's length and name, its
+    /// length and content. It pins what was deployed.
+    pub digest: String,
+}
+
+/// A line of the repository's index.
+#[derive(Debug, Clone)]
+pub struct IndexEntry {
+    /// The model's name.
+    pub name: String,
+    /// Its versions, ascending.
+    pub versions: Vec<u64>,
+    /// `platform` or `backend` of its configuration.
+    pub platform: String,
+    /// Bytes of the highest version's files.
+    pub size_bytes: u64,
+    /// Why it can't be deployed, if it can't.
+    pub problem: Option<String>,
+}
+
+/// Why a model can't be read. No message contains a path outside the repository.
+#[derive(Debug, thiserror::Error)]
+pub enum RepositoryError {
+    /// A name that can't be a folder's.
+    #[error(transparent)]
+    Name(#[from] IdError),
+    /// There is no such model.
+    #[error("model '{0}' is not in the model repository")]
+    NoModel(String),
+    /// There is no such version of it.
+    #[error("model '{name}' has no version {version} in the model repository; there are {there:?}")]
+    NoVersion {
+        /// The model.
+        name: String,
+        /// The version that was asked for.
+        version: u64,
+        /// The versions that are there.
+        there: Vec<u64>,
+    },
+    /// There is no version at all.
+    #[error("model '{0}' has no version folder (1, 2, …) in the model repository")]
+    NoVersions(String),
+    /// `config.pbtxt` doesn't parse.
+    #[error("{name}/config.pbtxt:{source}")]
+    Pbtxt {
+        /// The model.
+        name: String,
+        /// Line, column and fault.
+        source: PbtxtError,
+    },
+    /// `config.pbtxt` says something that can't be served.
+    #[error("{name}/config.pbtxt: {text}")]
+    Config {
+        /// The model.
+        name: String,
+        /// The field and what is wrong with it.
+        text: String,
+    },
+    /// The file isn't there or can't be read.
+    #[error("can't read {file} of model '{name}': {source}")]
+    Io {
+        /// The model.
+        name: String,
+        /// Relative to the model's folder.
+        file: String,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// The repository itself can't be read.
+    #[error("can't read the model repository: {0}")]
+    Root(io::Error),
+}
+
+impl RepositoryError {
+    /// Whether the thing that was asked for just isn't there.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::NoModel(_) | Self::NoVersion { .. } | Self::NoVersions(_))
+    }
+}
+
+impl Repository {
+    /// The repository in this folder. Nothing is read yet.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// The folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Every model, by name, with what is wrong with it. The big files are not read.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Root`].
+    pub fn index(&self) -> Result<Vec<IndexEntry>, RepositoryError> {
+        let mut entries = Vec::new();
+        for entry in std::fs::read_dir(&self.root).map_err(RepositoryError::Root)? {
+            let entry = entry.map_err(RepositoryError::Root)?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if check_model_name(&name).is_ok() && entry.path().is_dir() && entries.len() < MODELS_MAX {
+                entries.push(self.entry(name));
+            }
+        }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(entries)
+    }
+
+    fn entry(&self, name: String) -> IndexEntry {
+        let versions = self.versions(&name).unwrap_or_default();
+        let config = self.config(&name);
+        let platform = config.as_ref().map(platform_of).unwrap_or_default();
+        let found = config.and_then(|config| self.locate(&name, None, &config));
+        let (size_bytes, problem) = match found {
+            Ok((_, files, _)) => (files.iter().map(|(_, size)| size).sum(), None),
+            Err(error) => (0, Some(error.to_string())),
+        };
+        IndexEntry { name, versions, platform, size_bytes, problem }
+    }
+
+    /// Reads one version (`None`: the highest) and digests its files. It reads them whole: call it where blocking is fine.
+    ///
+    /// # Errors
+    /// [`RepositoryError`].
+    pub fn read(&self, name: &str, version: Option<u64>) -> Result<StoredModel, RepositoryError> {
+        check_model_name(name)?;
+        let mut config = self.config(name)?;
+        config.name = name.to_owned();
+        let (version, files, file) = self.locate(name, version, &config)?;
+        let folder = self.root.join(name).join(version.to_string());
+        let digest = digest(&folder, &files).map_err(|(file, source)| RepositoryError::Io { name: name.into(), file, source })?;
+        let size_bytes = files.iter().map(|(_, size)| size).sum();
+        Ok(StoredModel { name: name.to_owned(), version, config, file, size_bytes, digest })
+    }
+
+    fn config(&self, name: &str) -> Result<ModelConfig, RepositoryError> {
+        let folder = self.root.join(name);
+        if !folder.is_dir() {
+            return Err(RepositoryError::NoModel(name.to_owned()));
+        }
+        let io = |source| RepositoryError::Io { name: name.to_owned(), file: "config.pbtxt".into(), source };
+        let mut text = String::new();
+        // One byte more than is allowed, so that a larger file is seen to be larger without being read.
+        let file = File::open(folder.join("config.pbtxt")).map_err(io)?;
+        file.take(PBTXT_BYTES_MAX as u64 + 1).read_to_string(&mut text).map_err(io)?;
+        let config = parse_pbtxt(&text).map_err(|source| RepositoryError::Pbtxt { name: name.to_owned(), source })?;
+        check_config(name, &config).map_err(|text| RepositoryError::Config { name: name.to_owned(), text })?;
+        Ok(config)
+    }
+
+    fn versions(&self, name: &str) -> Result<Vec<u64>, RepositoryError> {
+        let io = |source| RepositoryError::Io { name: name.to_owned(), file: ".".into(), source };
+        let mut versions = Vec::new();
+        for entry in std::fs::read_dir(self.root.join(name)).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            let number = entry.file_name().to_str().and_then(|text| text.parse::<u64>().ok());
+            if let Some(number) = number.filter(|number| *number > 0 && entry.path().is_dir()) {
+                versions.push(number);
+            }
+        }
+        versions.sort_unstable();
+        versions.dedup();
+        Ok(versions)
+    }
+
+    /// The version, its files (path inside it, size) in order, and its model file.
+    #[allow(clippy::type_complexity)]
+    fn locate(
+        &self,
+        name: &str,
+        version: Option<u64>,
+        config: &ModelConfig,
+    ) -> Result<(u64, Vec<(String, u64)>, PathBuf), RepositoryError> {
+        let there = self.versions(name)?;
+        let version = match version {
+            Some(version) if there.contains(&version) => version,
+            Some(version) => return Err(RepositoryError::NoVersion { name: name.to_owned(), version, there }),
+            None => *there.last().ok_or_else(|| RepositoryError::NoVersions(name.to_owned()))?,
+        };
+        let folder = self.root.join(name).join(version.to_string());
+        let io = |file: String, source| RepositoryError::Io { name: name.to_owned(), file, source };
+        let mut files = Vec::new();
+        list(&folder, "", &mut files).map_err(|source| io(version.to_string(), source))?;
+        files.sort();
+        let model_file = if config.default_model_filename.is_empty() { MODEL_FILE } else { &config.default_model_filename };
+        if !files.iter().any(|(file, _)| file == model_file) {
+            return Err(io(format!("{version}/{model_file}"), io::ErrorKind::NotFound.into()));
+        }
+        Ok((version, files, folder.join(model_file)))
+    }
+}
+
+fn list(folder: &Path, prefix: &str, files: &mut Vec<(String, u64)>) -> io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            list(&entry.path(), &format!("{name}/"), files)?;
+        } else {
+            // A link counts as the file that it leads to: repositories are often made of links into a store.
+            files.push((name, std::fs::metadata(entry.path())?.len()));
+        }
+        if files.len() > FILES_MAX {
+            return Err(io::Error::other(format!("a version may hold {FILES_MAX} files")));
+        }
+    }
+    Ok(())
+}
+
+fn digest(folder: &Path, files: &[(String, u64)]) -> Result<String, (String, io::Error)> {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0u8; 1 << 20];
+    for (name, size) in files {
+        hash.update((name.len() as u64).to_le_bytes());
+        hash.update(name.as_bytes());
+        hash.update(size.to_le_bytes());
+        let mut file = File::open(folder.join(name)).map_err(|error| (name.clone(), error))?;
+        loop {
+            match file.read(&mut buffer).map_err(|error| (name.clone(), error))? {
+                0 => break,
+                count => hash.update(&buffer[..count]),
+            }
+        }
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn platform_of(config: &ModelConfig) -> String {
+    if config.platform.is_empty() { config.backend.clone() } else { config.platform.clone() }
+}
+
+/// What can be said about a configuration without the model.
+fn check_config(name: &str, config: &ModelConfig) -> Result<(), String> {
+    if !config.name.is_empty() && config.name != name {
+        return Err(format!("name is '{}', it must be the folder's name or be left out", config.name));
+    }
+    match (config.platform.as_str(), config.backend.as_str()) {
+        ("pytorch_libtorch" | "", "pytorch" | "") => {}
+        (platform, "pytorch" | "") => return Err(format!("platform '{platform}' is not served, use 'pytorch_libtorch'")),
+        (_, backend) => return Err(format!("backend '{backend}' is not served, use 'pytorch'")),
+    }
+    if config.max_batch_size < 0 {
+        return Err(format!("max_batch_size is {}, it must be 0 or more", config.max_batch_size));
+    }
+    if config.input.is_empty() || config.output.is_empty() {
+        return Err("at least one input and one output have to be declared".into());
+    }
+    let inputs = config.input.iter().map(|tensor| ("input", &tensor.name, tensor.data_type, &tensor.dims));
+    let outputs = config.output.iter().map(|tensor| ("output", &tensor.name, tensor.data_type, &tensor.dims));
+    let mut seen = std::collections::BTreeSet::new();
+    for (kind, tensor, data_type, dims) in inputs.chain(outputs) {
+        if tensor.is_empty() {
+            return Err(format!("an {kind} has no name"));
+        }
+        if !seen.insert((kind, tensor)) {
+            return Err(format!("{kind} '{tensor}' is declared twice"));
+        }
+        if data_type == 0 {
+            return Err(format!("{kind} '{tensor}' has no data_type"));
+        }
+        if let Some(dim) = dims.iter().find(|dim| **dim < -1) {
+            return Err(format!("{kind} '{tensor}' has the dimension {dim}, it must be -1 (any) or 0 or more"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: &str = "input [ { name: \"x\" data_type: TYPE_FP32 dims: [ 4 ] } ]\n\
+                          output [ { name: \"y\" data_type: TYPE_FP32 dims: [ 4 ] } ]\n";
+
+    fn repository() -> (tempfile::TempDir, Repository) {
+        let folder = tempfile::tempdir().unwrap();
+        let repository = Repository::new(folder.path());
+        (folder, repository)
+    }
+
+    fn store(repository: &Repository, name: &str, version: &str, config: &str, content: &str) {
+        let folder = repository.root().join(name).join(version);
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(repository.root().join(name).join("config.pbtxt"), config).unwrap();
+        std::fs::write(folder.join("model.pt"), content).unwrap();
+    }
+
+    #[test]
+    fn the_highest_version_is_the_default_and_the_digest_pins_its_content() {
+        let (_folder, repository) = repository();
+        store(&repository, "m", "2", CONFIG, "two");
+        store(&repository, "m", "10", CONFIG, "ten");
+        let ten = repository.read("m", None).unwrap();
+        assert_eq!((ten.version, ten.size_bytes), (10, 3));
+        assert_eq!(ten.digest, repository.read("m", Some(10)).unwrap().digest);
+        assert_ne!(ten.digest, repository.read("m", Some(2)).unwrap().digest);
+        store(&repository, "m", "10", CONFIG, "TEN");
+        assert_ne!(ten.digest, repository.read("m", None).unwrap().digest);
+    }
+
+    #[test]
+    fn what_is_not_there_is_told_apart_from_what_is_broken() {
+        let (_folder, repository) = repository();
+        store(&repository, "m", "1", CONFIG, "one");
+        assert!(repository.read("nope", None).unwrap_err().is_not_found());
+        assert!(repository.read("m", Some(9)).unwrap_err().is_not_found());
+        assert!(matches!(repository.read("../m", None), Err(RepositoryError::Name(_))));
+        store(&repository, "bad", "1", "max_batch_size: 1\nmax_batch_sise: 8", "x");
+        let error = repository.read("bad", None).unwrap_err();
+        assert!(!error.is_not_found());
+        assert!(error.to_string().starts_with("bad/config.pbtxt:2:1: "), "{error}");
+    }
+
+    #[test]
+    fn the_index_lists_every_model_with_its_problem() {
+        let (_folder, repository) = repository();
+        store(&repository, "good", "1", CONFIG, "one");
+        store(&repository, "onnx", "1", &format!("platform: \"onnxruntime_onnx\"\n{CONFIG}"), "one");
+        std::fs::create_dir(repository.root().join("empty")).unwrap();
+        let index = repository.index().unwrap();
+        let problems: Vec<_> = index.iter().map(|entry| (entry.name.as_str(), entry.problem.is_some())).collect();
+        assert_eq!(problems, [("empty", true), ("good", false), ("onnx", true)]);
+        assert!(index[2].problem.as_ref().unwrap().contains("use 'pytorch_libtorch'"));
+    }
+
+    #[test]
+    fn configurations_are_checked_by_field() {
+        for (config, part) in [
+            ("", "at least one input"),
+            ("name: \"other\"\n", "it must be the folder's name"),
+            ("max_batch_size: -1\n", "max_batch_size is -1"),
+            ("backend: \"python\"\n", "backend 'python' is not served"),
+        ] {
+            let error = check_config("m", &parse_pbtxt(config).unwrap()).unwrap_err();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

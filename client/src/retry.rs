@@ -1,0 +1,313 @@
+//! May this error, at this point, move? One closed table, and nothing else decides it.
+//!
+//! Pure: what happened, how far the request was and what is left of its budgets come in as values; a verdict goes out. A
+//! prediction may be run twice (it has no effect but its answer), so a request that was sent may move as long as nothing of
+//! its answer was delivered. A sequence may always move: its journal knows what was delivered. What is absent here:
+//! hedging, and any notion of a replica's health (see `balance`).
+use cresset_proto::reason::Reason;
+use tonic::{Code, ConnectError, Status};
+
+/// What went wrong at a replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// No connection could be made.
+    Unreachable,
+    /// The connection broke, or the answer ended in the middle.
+    Broken,
+    /// The worker refused and said why.
+    Refused(Reason),
+    /// A bare gRPC code, from something that isn't one of our workers or from tonic itself.
+    Coded(Code),
+}
+
+impl Failure {
+    /// Reads a status.
+    pub fn of(status: &Status) -> Self {
+        if let Some(reason) = Reason::of(status) {
+            return Self::Refused(reason);
+        }
+        // A status that came over the wire has no source; one that tonic made of an error of the connection has.
+        let mut source = std::error::Error::source(status);
+        if source.is_none() {
+            return Self::Coded(status.code());
+        }
+        while let Some(error) = source {
+            if error.is::<ConnectError>() {
+                return Self::Unreachable;
+            }
+            source = error.source();
+        }
+        Self::Broken
+    }
+
+    /// How far a request that failed like this can have come.
+    pub fn point(self) -> Point {
+        match self {
+            Self::Unreachable => Point::NotSent,
+            Self::Broken | Self::Refused(_) | Self::Coded(_) => Point::Sent,
+        }
+    }
+}
+
+/// How far the request was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Point {
+    /// The replica can't have seen it.
+    NotSent,
+    /// The replica may have run it; nothing of the answer was delivered to the caller.
+    Sent,
+    /// The caller has a part of the answer.
+    PartlyDelivered,
+}
+
+/// What kind of work it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// One request with one answer and no state.
+    Unary,
+    /// The stream of a sequence, with a journal behind it.
+    Sequence,
+}
+
+/// What was spent on this request so far, and what may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// Moves left after failures that may be the request's own fault. Moves of requests that were never sent are free.
+    pub moves_left: u32,
+    /// Moves left after refusals for want of room, so that a full cluster isn't asked by everybody everywhere.
+    pub overloads_left: u32,
+    /// How often this request has failed in a row, from 1; the pause grows with it.
+    pub failures: u32,
+    /// Whether a replica is left that this request hasn't tried.
+    pub others: bool,
+    /// Now, in ms of any clock.
+    pub now_ms: u64,
+    /// When the caller stops waiting, on the same clock.
+    pub deadline_ms: u64,
+}
+
+/// What to do about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Go to another replica after `after_ms`.
+    Move {
+        /// 0 for at once.
+        after_ms: u64,
+        /// Which budget pays.
+        pays: Pays,
+    },
+    /// Nobody untried is left: wait for newer routes, at most `at_most_ms`, then try everybody again.
+    Wait {
+        /// The longest wait.
+        at_most_ms: u64,
+        /// Which budget pays.
+        pays: Pays,
+    },
+    /// Tell the caller.
+    GiveUp,
+}
+
+/// Which budget a move is taken from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pays {
+    /// None: the request did no work and can't be to blame.
+    Nothing,
+    /// [`Budget::moves_left`].
+    Move,
+    /// [`Budget::overloads_left`].
+    Overload,
+}
+
+/// The longest pause before everybody is tried again, in ms.
+pub const PAUSE_MS_MAX: u64 = 250;
+/// The first pause, in ms.
+const PAUSE_MS_MIN: u64 = 10;
+
+/// What a failure says about the replica and the request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Class {
+    /// The replica can't serve this now, and another can; the request is not to blame.
+    Elsewhere,
+    /// The replica failed, perhaps because of the request.
+    Suspect,
+    /// No room.
+    Overloaded,
+    /// The answer would be the same everywhere.
+    Final,
+}
+
+/// The table.
+fn class(failure: Failure, kind: Kind) -> Class {
+    match failure {
+        Failure::Unreachable => Class::Elsewhere,
+        Failure::Broken => Class::Suspect,
+        Failure::Refused(reason) => class_of_reason(reason, kind),
+        Failure::Coded(code) => class_of_code(code, kind),
+    }
+}
+
+fn class_of_reason(reason: Reason, kind: Kind) -> Class {
+    // No `_` arm: a new reason has to choose.
+    match reason {
+        // The routes are older than the truth.
+        Reason::NotHere | Reason::Fenced | Reason::Draining | Reason::NoReplica | Reason::UnknownModel => Class::Elsewhere,
+        Reason::DeviceUnhealthy => Class::Elsewhere,
+        Reason::QueueFull | Reason::SequencesFull | Reason::OutOfMemory => Class::Overloaded,
+        Reason::Internal => Class::Suspect,
+        Reason::SequenceNotStarted | Reason::BadCheckpoint => match kind {
+            Kind::Unary => Class::Final,
+            // The journal can open it anew anywhere.
+            Kind::Sequence => Class::Suspect,
+        },
+        // The time that its policy or its caller gives it is over.
+        Reason::QueueTimeout | Reason::DeadlineExceeded => Class::Final,
+        Reason::InvalidArgument | Reason::ModelFailed | Reason::Unsupported | Reason::LoadFailed => Class::Final,
+        // Coordinators say these, workers don't.
+        Reason::NoLeader | Reason::Indeterminate | Reason::Conflict => Class::Final,
+    }
+}
+
+fn class_of_code(code: Code, kind: Kind) -> Class {
+    match code {
+        // A fence, or a server that is going away.
+        Code::Unavailable | Code::FailedPrecondition | Code::Aborted | Code::NotFound => Class::Elsewhere,
+        Code::ResourceExhausted => Class::Overloaded,
+        // tonic's answer for a stream that ended without a status, or that its server dropped.
+        Code::Unknown | Code::Cancelled => Class::Suspect,
+        Code::Ok | Code::Internal | Code::DataLoss => match kind {
+            Kind::Unary => Class::Final,
+            // The stream of a sequence has no business ending like that while requests are open.
+            Kind::Sequence => Class::Suspect,
+        },
+        Code::InvalidArgument | Code::DeadlineExceeded | Code::AlreadyExists | Code::PermissionDenied => Class::Final,
+        Code::OutOfRange | Code::Unimplemented | Code::Unauthenticated => Class::Final,
+    }
+}
+
+/// Decides what becomes of a request, or of a sequence's stream, after `failure`.
+pub fn decide(failure: Failure, point: Point, kind: Kind, budget: &Budget) -> Verdict {
+    let movable = match (kind, point) {
+        (_, Point::NotSent) | (_, Point::Sent) | (Kind::Sequence, Point::PartlyDelivered) => true,
+        (Kind::Unary, Point::PartlyDelivered) => false,
+    };
+    if !movable {
+        return Verdict::GiveUp;
+    }
+    let pays = match (class(failure, kind), point) {
+        (Class::Final, _) => return Verdict::GiveUp,
+        (Class::Elsewhere, _) | (_, Point::NotSent) => Pays::Nothing,
+        (Class::Suspect, _) => Pays::Move,
+        (Class::Overloaded, _) => Pays::Overload,
+    };
+    let affordable = match pays {
+        Pays::Nothing => true,
+        Pays::Move => budget.moves_left > 0,
+        Pays::Overload => budget.overloads_left > 0,
+    };
+    if !affordable || budget.now_ms >= budget.deadline_ms {
+        return Verdict::GiveUp;
+    }
+    let left_ms = budget.deadline_ms - budget.now_ms;
+    match (budget.others, pays) {
+        (true, _) => Verdict::Move { after_ms: 0, pays },
+        // Newer routes don't make room.
+        (false, Pays::Overload) => match pause_ms(budget.failures) {
+            after_ms if after_ms < left_ms => Verdict::Move { after_ms, pays },
+            _ => Verdict::GiveUp,
+        },
+        (false, _) => Verdict::Wait { at_most_ms: pause_ms(budget.failures).min(left_ms), pays },
+    }
+}
+
+/// 10 ms, doubled with each failure, up to [`PAUSE_MS_MAX`].
+pub fn pause_ms(failures: u32) -> u64 {
+    (PAUSE_MS_MIN << failures.saturating_sub(1).min(16)).min(PAUSE_MS_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const AMPLE: Budget =
+        Budget { moves_left: 3, overloads_left: 2, failures: 1, others: true, now_ms: 1_000, deadline_ms: 2_000 };
+
+    fn every_failure() -> Vec<Failure> {
+        let codes = (0..=16).map(|code| Failure::Coded(Code::from_i32(code)));
+        let reasons = Reason::ALL.iter().map(|&reason| Failure::Refused(reason));
+        [Failure::Unreachable, Failure::Broken].into_iter().chain(codes).chain(reasons).collect()
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_request_never_moves() {
+        for reason in [Reason::InvalidArgument, Reason::ModelFailed, Reason::QueueTimeout, Reason::DeadlineExceeded] {
+            for kind in [Kind::Unary, Kind::Sequence] {
+                assert_eq!(decide(Failure::Refused(reason), Point::Sent, kind, &AMPLE), Verdict::GiveUp, "{reason}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_dead_worker_costs_nothing_before_it_was_reached_and_a_move_after() {
+        let at_once = |pays| Verdict::Move { after_ms: 0, pays };
+        let unary = |failure: Failure| decide(failure, failure.point(), Kind::Unary, &AMPLE);
+        assert_eq!(unary(Failure::Unreachable), at_once(Pays::Nothing));
+        assert_eq!(unary(Failure::Broken), at_once(Pays::Move));
+        assert_eq!(unary(Failure::Refused(Reason::Fenced)), at_once(Pays::Nothing));
+        assert_eq!(unary(Failure::Coded(Code::Unavailable)), at_once(Pays::Nothing));
+        assert_eq!(unary(Failure::Refused(Reason::QueueFull)), at_once(Pays::Overload));
+    }
+
+    #[test]
+    fn a_request_that_breaks_every_worker_is_stopped() {
+        let spent = Budget { moves_left: 0, ..AMPLE };
+        assert_eq!(decide(Failure::Broken, Point::Sent, Kind::Unary, &spent), Verdict::GiveUp);
+        assert_ne!(decide(Failure::Unreachable, Point::NotSent, Kind::Unary, &spent), Verdict::GiveUp);
+    }
+
+    #[test]
+    fn waits_for_routes_when_nobody_is_left_but_not_for_room() {
+        let alone = Budget { others: false, failures: 2, ..AMPLE };
+        let wait = Verdict::Wait { at_most_ms: 20, pays: Pays::Nothing };
+        assert_eq!(decide(Failure::Refused(Reason::NotHere), Point::Sent, Kind::Unary, &alone), wait);
+        let full = decide(Failure::Refused(Reason::QueueFull), Point::Sent, Kind::Unary, &alone);
+        assert_eq!(full, Verdict::Move { after_ms: 20, pays: Pays::Overload });
+    }
+
+    #[test]
+    fn a_sequence_survives_what_a_unary_call_does_not() {
+        let verdict = |kind| decide(Failure::Broken, Point::PartlyDelivered, kind, &AMPLE);
+        assert_eq!(verdict(Kind::Unary), Verdict::GiveUp);
+        assert_eq!(verdict(Kind::Sequence), Verdict::Move { after_ms: 0, pays: Pays::Move });
+    }
+
+    #[test]
+    fn statuses_are_read_by_reason_then_source_then_code() {
+        assert_eq!(Failure::of(&Reason::Fenced.status("x")), Failure::Refused(Reason::Fenced));
+        assert_eq!(Failure::of(&Status::unavailable("x")), Failure::Coded(Code::Unavailable));
+        let broken = Status::from_error("the pipe broke".into());
+        assert_eq!(Failure::of(&broken), Failure::Broken);
+        let refused = Status::from_error(Box::new(ConnectError("refused".into())));
+        assert_eq!(Failure::of(&refused), Failure::Unreachable);
+    }
+
+    proptest! {
+        #[test]
+        fn pauses_fit_the_deadline_and_a_past_deadline_ends_it(
+            which in 0_usize..64, sequence: bool, failures in 0_u32..100, others: bool, now_ms in 0_u64..5_000,
+        ) {
+            let failures_all = every_failure();
+            let failure = failures_all[which % failures_all.len()];
+            let kind = if sequence { Kind::Sequence } else { Kind::Unary };
+            let budget = Budget { failures, others, now_ms, ..AMPLE };
+            match decide(failure, failure.point(), kind, &budget) {
+                Verdict::GiveUp => {}
+                Verdict::Move { after_ms, .. } => prop_assert!(now_ms + after_ms < budget.deadline_ms),
+                Verdict::Wait { at_most_ms, .. } => {
+                    prop_assert!(!others && now_ms + at_most_ms <= budget.deadline_ms);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! Who serves what: the table that a router chooses from.
+//!
+//! A table is immutable and is shared as `Arc<RouteTable>` in a `watch` channel, so that a request sees one consistent table
+//! and can wait for a newer one. What outlives a table is a [`Replica`]'s count of requests in flight: the next table takes
+//! over the counters of each worker that still lives the same life.
+//!
+//! Absent here: where tables come from (see `coordinators`, or the coordinator's own state) and connections (see `workers`).
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+};
+
+use cresset_proto::{
+    fleet::v1::{ModelRoute as WireRoute, WatchResponse, WorkerRoute},
+    inference::ModelConfig,
+    model_config,
+};
+use prost::Message;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// One life of a worker, as a router sees it. Shared by all models that it serves.
+#[derive(Debug)]
+pub struct Replica {
+    /// The worker.
+    pub worker_id: String,
+    /// Which life of it.
+    pub incarnation: u64,
+    /// `host:port` of its gRPC service.
+    pub address: String,
+    in_flight: AtomicU32,
+    /// On the router's clock; 0 when nothing is held against it.
+    failing_until_ms: AtomicU64,
+    gone: CancellationToken,
+}
+
+impl Replica {
+    /// A worker's life that nothing is known of yet.
+    pub fn new(worker_id: impl Into<String>, incarnation: u64, address: impl Into<String>) -> Self {
+        Self {
+            worker_id: worker_id.into(),
+            incarnation,
+            address: address.into(),
+            in_flight: AtomicU32::new(0),
+            failing_until_ms: AtomicU64::new(0),
+            gone: CancellationToken::new(),
+        }
+    }
+
+    /// Requests that this router has there, over all models.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Counts a request until the guard is dropped.
+    pub fn enter(self: &Arc<Self>) -> InFlight {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        InFlight(Arc::clone(self))
+    }
+
+    /// Holds a failure against the replica until `until_ms` on the router's clock.
+    pub(crate) fn note_failure(&self, until_ms: u64) {
+        self.failing_until_ms.fetch_max(until_ms, Ordering::Relaxed);
+    }
+
+    /// Forgives everything: it has answered.
+    pub(crate) fn note_success(&self) {
+        if self.failing_until_ms.load(Ordering::Relaxed) != 0 {
+            self.failing_until_ms.store(0, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn is_failing(&self, now_ms: u64) -> bool {
+        self.failing_until_ms.load(Ordering::Relaxed) > now_ms
+    }
+
+    /// Ends when a newer table no longer knows this life of the worker: it was judged dead, or has left.
+    pub async fn gone(&self) {
+        self.gone.cancelled().await;
+    }
+
+    /// Whether [`gone`](Self::gone) has ended.
+    pub fn is_gone(&self) -> bool {
+        self.gone.is_cancelled()
+    }
+
+    fn is(&self, route: &WorkerRoute) -> bool {
+        self.worker_id == route.worker_id && self.incarnation == route.incarnation && self.address == route.grpc_address
+    }
+}
+
+/// One request in flight at a replica.
+#[derive(Debug)]
+pub struct InFlight(Arc<Replica>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// One version of a model and who serves it.
+#[derive(Debug)]
+pub struct ModelRoute {
+    /// The model's name.
+    pub name: String,
+    /// Its version.
+    pub version: u64,
+    /// Which deployment of it.
+    pub generation: u64,
+    /// Its configuration.
+    pub config: Arc<ModelConfig>,
+    /// Requests share state by `sequence_id`.
+    pub stateful: bool,
+    /// One request can have several responses.
+    pub decoupled: bool,
+    /// How many parts the model is cut into.
+    pub shards: u32,
+    /// Ready replicas; of the first shard where there are several.
+    pub replicas: Vec<Arc<Replica>>,
+}
+
+/// Which version of a model a request asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    /// The highest one that is served.
+    Highest,
+    /// This one.
+    Exactly(u64),
+}
+
+/// A table of routes, as of one epoch.
+#[derive(Debug, Default)]
+pub struct RouteTable {
+    epoch: u64,
+    received: bool,
+    models: BTreeMap<String, BTreeMap<u64, Arc<ModelRoute>>>,
+    workers: BTreeMap<String, Arc<Replica>>,
+    coordinators: Vec<String>,
+}
+
+/// A table that can't be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RouteError {
+    /// A model's configuration doesn't decode.
+    #[error("the route of model '{model}' version {version} has a configuration that doesn't decode: {cause}")]
+    Config {
+        /// The model.
+        model: String,
+        /// Its version.
+        version: u64,
+        /// What prost says.
+        cause: String,
+    },
+}
+
+impl RouteTable {
+    /// The table of a router that has heard of nothing yet: it waits rather than refuse.
+    pub fn unknown() -> Self {
+        Self::default()
+    }
+
+    /// A table made of what a coordinator sent, taking over the counters of `previous`. Workers of `previous` that are no
+    /// longer there are told so: what is in flight at them moves.
+    ///
+    /// # Errors
+    /// [`RouteError`]; `previous` stays in force then.
+    pub fn build(response: &WatchResponse, previous: &RouteTable) -> Result<Self, RouteError> {
+        let mut workers: BTreeMap<String, Arc<Replica>> = BTreeMap::new();
+        for route in &response.workers {
+            let replica = match previous.workers.get(&route.worker_id) {
+                Some(known) if known.is(route) && !known.is_gone() => Arc::clone(known),
+                _ => Arc::new(Replica::new(&*route.worker_id, route.incarnation, &*route.grpc_address)),
+            };
+            workers.insert(route.worker_id.clone(), replica);
+        }
+        let mut models: BTreeMap<String, BTreeMap<u64, Arc<ModelRoute>>> = BTreeMap::new();
+        for wire in &response.models {
+            let known = previous.models.get(&wire.model).and_then(|versions| versions.get(&wire.version));
+            let route = model_route(wire, &workers, known)?;
+            models.entry(wire.model.clone()).or_default().insert(wire.version, Arc::new(route));
+        }
+        // Only now: a table that can't be built must change nothing.
+        for (id, replica) in &previous.workers {
+            if !workers.get(id).is_some_and(|kept| Arc::ptr_eq(kept, replica)) {
+                replica.gone.cancel();
+            }
+        }
+        let coordinators = response.coordinator_grpc_addresses.clone();
+        Ok(Self { epoch: response.epoch, received: true, models, workers, coordinators })
+    }
+
+    /// Replaces the table in `sender` by a newer one; one that isn't newer is ignored (`false`).
+    ///
+    /// # Errors
+    /// [`RouteError`]; the old table stays in force then.
+    pub fn publish(sender: &watch::Sender<Arc<RouteTable>>, response: &WatchResponse) -> Result<bool, RouteError> {
+        let mut result = Ok(false);
+        sender.send_if_modified(|table| {
+            if table.received && response.epoch <= table.epoch {
+                return false;
+            }
+            match Self::build(response, table) {
+                Ok(newer) => {
+                    *table = Arc::new(newer);
+                    result = Ok(true);
+                    true
+                }
+                Err(error) => {
+                    result = Err(error);
+                    false
+                }
+            }
+        });
+        result
+    }
+
+    /// The epoch that the table is of; 0 when nothing was received.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Whether it came from a coordinator; a table that didn't can't tell an unknown model from a known one.
+    pub fn is_received(&self) -> bool {
+        self.received
+    }
+
+    /// Public addresses of the coordinators, as the cluster knows them.
+    pub fn coordinators(&self) -> &[String] {
+        &self.coordinators
+    }
+
+    /// All models, in order of name and version.
+    pub fn models(&self) -> impl Iterator<Item = &Arc<ModelRoute>> {
+        self.models.values().flat_map(BTreeMap::values)
+    }
+
+    /// All workers, in order of their ids.
+    pub fn workers(&self) -> impl Iterator<Item = &Arc<Replica>> {
+        self.workers.values()
+    }
+
+    /// Whether any version of the model is deployed.
+    pub fn has_model(&self, name: &str) -> bool {
+        self.models.contains_key(name)
+    }
+
+    /// The route of a model. [`Version::Highest`] prefers versions that have a ready replica.
+    pub fn model(&self, name: &str, version: Version) -> Option<&Arc<ModelRoute>> {
+        let versions = self.models.get(name)?;
+        match version {
+            Version::Exactly(version) => versions.get(&version),
+            Version::Highest => {
+                let ready = versions.values().rev().find(|route| !route.replicas.is_empty());
+                ready.or_else(|| versions.values().next_back())
+            }
+        }
+    }
+}
+
+fn model_route(
+    wire: &WireRoute,
+    workers: &BTreeMap<String, Arc<Replica>>,
+    known: Option<&Arc<ModelRoute>>,
+) -> Result<ModelRoute, RouteError> {
+    let config = match known {
+        // A deployment's configuration never changes, and tables do often.
+        Some(known) if known.generation == wire.generation => Arc::clone(&known.config),
+        _ => Arc::new(ModelConfig::decode(wire.config.clone()).map_err(|error| RouteError::Config {
+            model: wire.model.clone(),
+            version: wire.version,
+            cause: error.to_string(),
+        })?),
+    };
+    let first = wire.shards.iter().min_by_key(|shard| shard.shard);
+    let ids = first.map_or(&[][..], |shard| &shard.worker_ids);
+    Ok(ModelRoute {
+        name: wire.model.clone(),
+        version: wire.version,
+        generation: wire.generation,
+        stateful: model_config::sequence_batching(&config).is_some(),
+        decoupled: model_config::is_decoupled(&config),
+        config,
+        shards: u32::try_from(wire.shards.len()).unwrap_or(u32::MAX),
+        replicas: ids.iter().filter_map(|id| workers.get(id)).cloned().collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use cresset_proto::fleet::v1::ShardRoute;
+
+    use super::*;
+
+    fn worker(id: &str, incarnation: u64) -> WorkerRoute {
+        WorkerRoute { worker_id: id.into(), incarnation, grpc_address: format!("{id}.example:1"), zone: String::new() }
+    }
+
+    fn model(version: u64, ids: &[&str]) -> WireRoute {
+        let worker_ids = ids.iter().map(|id| (*id).to_owned()).collect();
+        let shards = vec![ShardRoute { shard: 0, worker_ids }];
+        WireRoute { model: "m".into(), version, generation: 1, shards, ..Default::default() }
+    }
+
+    fn response(epoch: u64, workers: Vec<WorkerRoute>, models: Vec<WireRoute>) -> WatchResponse {
+        WatchResponse { epoch, models, workers, ..Default::default() }
+    }
+
+    fn table(response: &WatchResponse) -> RouteTable {
+        RouteTable::build(response, &RouteTable::unknown()).unwrap()
+    }
+
+    #[test]
+    fn the_highest_version_with_a_replica_is_served() {
+        let table = table(&response(1, vec![worker("w1", 1)], vec![model(1, &["w1"]), model(2, &["w1"]), model(3, &[])]));
+        assert_eq!(table.model("m", Version::Highest).unwrap().version, 2);
+        assert_eq!(table.model("m", Version::Exactly(3)).unwrap().version, 3);
+        assert!(table.model("m", Version::Exactly(4)).is_none());
+        assert!(table.model("n", Version::Highest).is_none() && !table.has_model("n"));
+    }
+
+    #[test]
+    fn a_model_without_any_replica_is_still_known() {
+        let table = table(&response(1, vec![], vec![model(1, &["w9"]), model(2, &[])]));
+        let route = table.model("m", Version::Highest).unwrap();
+        assert_eq!((route.version, route.replicas.len()), (2, 0), "a worker that isn't in the table is no replica");
+    }
+
+    #[test]
+    fn counters_survive_an_update_and_die_with_the_incarnation() {
+        let first = table(&response(1, vec![worker("w1", 1), worker("w2", 1)], vec![model(1, &["w1", "w2"])]));
+        let old: Vec<_> = first.workers().cloned().collect();
+        let _at_w1 = old[0].enter();
+        let second = response(2, vec![worker("w1", 1), worker("w2", 2)], vec![model(1, &["w1", "w2"])]);
+        let second = RouteTable::build(&second, &first).unwrap();
+        let replicas = &second.model("m", Version::Highest).unwrap().replicas;
+        assert!(Arc::ptr_eq(&replicas[0], &old[0]));
+        assert_eq!(replicas[0].in_flight(), 1);
+        assert!(!Arc::ptr_eq(&replicas[1], &old[1]));
+        assert!(!old[0].is_gone() && old[1].is_gone());
+    }
+
+    #[test]
+    fn epochs_only_grow_and_a_broken_table_changes_nothing() {
+        let (sender, receiver) = watch::channel(Arc::new(RouteTable::unknown()));
+        assert!(!receiver.borrow().is_received());
+        let good = response(5, vec![worker("w1", 1)], vec![model(1, &["w1"])]);
+        assert_eq!(RouteTable::publish(&sender, &good), Ok(true));
+        assert_eq!(RouteTable::publish(&sender, &response(5, vec![], vec![])), Ok(false));
+        assert_eq!(RouteTable::publish(&sender, &response(4, vec![], vec![])), Ok(false));
+        let mut broken = response(6, vec![], vec![model(1, &[])]);
+        broken.models[0].generation = 2;
+        broken.models[0].config = vec![0xff].into();
+        assert!(matches!(RouteTable::publish(&sender, &broken), Err(RouteError::Config { .. })));
+        let table = receiver.borrow().clone();
+        assert_eq!(table.epoch(), 5);
+        assert!(!table.workers().next().unwrap().is_gone());
+    }
+
+    #[test]
+    fn guards_count_down_when_dropped() {
+        let replica = Arc::new(Replica::new("w1", 1, "x:1"));
+        let guards = [replica.enter(), replica.enter()];
+        assert_eq!(replica.in_flight(), 2);
+        drop(guards);
+        assert_eq!(replica.in_flight(), 0);
+        replica.note_failure(100);
+        assert!(replica.is_failing(99) && !replica.is_failing(100));
+        replica.note_success();
+        assert!(!replica.is_failing(1));
+    }
+}

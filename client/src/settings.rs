@@ -1,0 +1,55 @@
+//! Every bound of a router, in one place.
+use std::time::Duration;
+
+use crate::{journal::Limits, workers::ConnectionSettings};
+
+/// How a router behaves. The defaults suit a cluster in one data centre.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RouterSettings {
+    /// Connections to workers.
+    pub connection: ConnectionSettings,
+    /// How long a request without a deadline of its own may take.
+    pub request_timeout: Duration,
+    /// How long a unary request waits for a replica when none can take it.
+    pub route_wait: Duration,
+    /// How long a replica that failed is taken only when nobody else is left.
+    pub failing_for: Duration,
+    /// How often a unary request may move after it was sent.
+    pub moves_max: u32,
+    /// How often a request may move because a replica had no room.
+    pub overloads_max: u32,
+    /// How often a sequence may move without having got an answer in between.
+    pub sequence_moves_max: u32,
+    /// Sequences that may be open at once.
+    pub sessions_max: usize,
+    /// Requests of one sequence that may be unanswered.
+    pub session_requests_max: u32,
+    /// Bytes of requests of one sequence that may be unanswered. A larger request goes alone.
+    pub session_bytes_max: u32,
+    /// Bytes that the journals of all sequences may keep together.
+    pub journals_bytes_max: usize,
+    /// Bounds of one sequence's journal.
+    pub journal: Limits,
+    /// Requests of one stream that may be unanswered.
+    pub stream_requests_max: usize,
+}
+
+impl Default for RouterSettings {
+    fn default() -> Self {
+        Self {
+            connection: ConnectionSettings::default(),
+            request_timeout: Duration::from_secs(60),
+            route_wait: Duration::from_secs(5),
+            failing_for: Duration::from_secs(1),
+            moves_max: 3,
+            overloads_max: 2,
+            sequence_moves_max: 16,
+            sessions_max: 10_000,
+            session_requests_max: 64,
+            session_bytes_max: 8 << 20,
+            journals_bytes_max: 1 << 30,
+            journal: Limits::default(),
+            stream_requests_max: 128,
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Connections to workers: one HTTP/2 connection for each life of a worker, shared by all requests.
+//!
+//! Connections are tuned to notice a dead peer soon: pings every half second even when idle, and no answer for a second ends
+//! them. A connection that failed is dropped at once, so the next request makes a new one instead of waiting for the old.
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
+
+use crate::{retry::Failure, routes::Replica};
+
+/// How connections behave, to workers and to coordinators alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConnectionSettings {
+    /// How long a connection may take to be made.
+    pub connect_timeout: Duration,
+    /// Pause between pings.
+    pub keepalive_interval: Duration,
+    /// How long the answer to a ping may take.
+    pub keepalive_timeout: Duration,
+    /// The largest message either way, in bytes.
+    pub message_bytes_max: usize,
+    /// HTTP/2 window of one stream, in bytes.
+    pub stream_window_bytes: u32,
+    /// HTTP/2 window of a connection, in bytes.
+    pub connection_window_bytes: u32,
+}
+
+impl Default for ConnectionSettings {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_millis(500),
+            keepalive_interval: Duration::from_millis(500),
+            keepalive_timeout: Duration::from_secs(1),
+            message_bytes_max: i32::MAX as usize,
+            stream_window_bytes: 8 << 20,
+            connection_window_bytes: 64 << 20,
+        }
+    }
+}
+
+impl ConnectionSettings {
+    /// A channel to `host:port` that connects when it is first used.
+    ///
+    /// # Errors
+    /// tonic's, when the address isn't one.
+    pub fn channel(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+            .connect_timeout(self.connect_timeout)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(self.keepalive_interval)
+            .keep_alive_timeout(self.keepalive_timeout)
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(self.stream_window_bytes)
+            .initial_connection_window_size(self.connection_window_bytes);
+        Ok(endpoint.connect_lazy())
+    }
+}
+
+/// The pool.
+#[derive(Debug)]
+pub struct Workers {
+    settings: ConnectionSettings,
+    connections: Mutex<Pool>,
+}
+
+#[derive(Debug, Default)]
+struct Pool {
+    next_id: u64,
+    by_worker: HashMap<(String, u64), Connection>,
+}
+
+/// A channel of the pool.
+#[derive(Debug, Clone)]
+pub struct Connection {
+    /// The channel.
+    pub channel: Channel,
+    /// Tells this connection from its successor to the same worker.
+    id: u64,
+    replica: Arc<Replica>,
+}
+
+impl Workers {
+    /// An empty pool.
+    pub fn new(settings: ConnectionSettings) -> Self {
+        Self { settings, connections: Mutex::default() }
+    }
+
+    /// The largest message either way, in bytes.
+    pub fn message_bytes_max(&self) -> usize {
+        self.settings.message_bytes_max
+    }
+
+    /// The connection to a replica. The real connecting happens with the first request.
+    ///
+    /// # Errors
+    /// UNAVAILABLE when the replica's address isn't one.
+    pub fn connection(&self, replica: &Arc<Replica>) -> Result<Connection, Status> {
+        let key = (replica.worker_id.clone(), replica.incarnation);
+        let mut pool = self.connections.lock();
+        if let Some(connection) = pool.by_worker.get(&key)
+            && connection.replica.address == replica.address
+        {
+            return Ok(connection.clone());
+        }
+        let channel = self.settings.channel(&replica.address).map_err(|error| {
+            Status::unavailable(format!("worker {} has no usable address '{}': {error}", replica.worker_id, replica.address))
+        })?;
+        pool.by_worker.retain(|_, connection| !connection.replica.is_gone());
+        pool.next_id += 1;
+        let connection = Connection { channel, id: pool.next_id, replica: Arc::clone(replica) };
+        pool.by_worker.insert(key, connection.clone());
+        Ok(connection)
+    }
+
+    /// Takes note of a call that failed: a connection that broke or couldn't be made is forgotten.
+    pub fn failed(&self, connection: &Connection, status: &Status) {
+        if matches!(Failure::of(status), Failure::Unreachable | Failure::Broken) {
+            self.drop_connection(connection);
+        }
+    }
+
+    /// Forgets a connection. Calls under way on it are not touched.
+    fn drop_connection(&self, connection: &Connection) {
+        let key = (connection.replica.worker_id.clone(), connection.replica.incarnation);
+        let mut pool = self.connections.lock();
+        // Several calls fail with one connection; only the first may drop it, or they'd drop each other's new ones.
+        if pool.by_worker.get(&key).is_some_and(|current| current.id == connection.id) {
+            pool.by_worker.remove(&key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_failed_connection_is_dropped_once() {
+        let workers = Workers::new(ConnectionSettings::default());
+        let replica = Arc::new(Replica::new("w1", 1, "127.0.0.1:1"));
+        let first = workers.connection(&replica).unwrap();
+        assert_eq!(workers.connection(&replica).unwrap().id, first.id);
+        workers.drop_connection(&first);
+        let second = workers.connection(&replica).unwrap();
+        assert_ne!(second.id, first.id);
+        workers.drop_connection(&first);
+        assert_eq!(workers.connection(&replica).unwrap().id, second.id);
+    }
+
+    #[tokio::test]
+    async fn a_worker_without_an_address_is_unavailable() {
+        let workers = Workers::new(ConnectionSettings::default());
+        let replica = Arc::new(Replica::new("w1", 1, "not an address"));
+        let status = workers.connection(&replica).unwrap_err();
+        assert_eq!(status.code(), tonic::Code::Unavailable);
+        assert!(status.message().contains("w1"), "{status}");
+    }
+}

@@ -1,0 +1,395 @@
+//! The only mutator of the cluster's state.
+//!
+//! Every peer runs this on every committed command, so it is a function of its two arguments and nothing else. It trusts
+//! no value in a command: whatever can't be right is rejected with the state untouched. What it can't decide alone (where
+//! replicas go, who is dead) arrives as a command that it checks again, since the state may have moved on in between.
+//!
+//! The epoch grows exactly when something that workers or routers are told may have changed. Being reported as loading
+//! or as failed changes neither, unless the replica was ready before.
+use crate::{
+    Command, CommandBody, Outcome, PeerId, Reject, WorkerId,
+    command::{
+        CONFIG_BYTES_MAX, DEVICES_MAX, DeploySpec, MODELS_MAX, MOVES_MAX, PEERS_MAX, REASON_BYTES_MAX, REPLICAS_MAX,
+        Registration, ReplicaReport, SHARDS_MAX, TEXT_BYTES_MAX, WORKERS_MAX,
+    },
+    placement::Shard,
+    state::{
+        ClusterState, Deployment, Epoch, Incarnation, ModelKey, PeerInfo, Replica, ReplicaId, ReplicaState, Worker, WorkerState,
+    },
+};
+
+/// What a command means beyond the state. Informative: whoever misses one finds the same in the state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// Workers and routers have to be told something new.
+    EpochAdvanced {
+        /// The new epoch.
+        epoch: Epoch,
+    },
+    /// Lives of this worker below the bound are over; a stream that belongs to one has to end.
+    WorkerFenced {
+        /// Whose.
+        worker: WorkerId,
+        /// The smallest incarnation that is still accepted.
+        incarnation_min: Incarnation,
+    },
+}
+
+/// Applies a committed command.
+///
+/// A command that was applied before gets the same answer and changes nothing, also if it was rejected.
+pub fn apply(state: &mut ClusterState, command: &Command) -> (Outcome, Vec<Effect>) {
+    if let Some(outcome) = state.remembered.get(&command.id) {
+        return (outcome.clone(), Vec::new());
+    }
+    let epoch_before = state.epoch;
+    let mut effects = Vec::new();
+    let outcome = match change(state, &command.body, &mut effects) {
+        Ok(outcome) => outcome,
+        Err(reject) => Outcome::Rejected(reject),
+    };
+    if state.epoch != epoch_before {
+        effects.push(Effect::EpochAdvanced { epoch: state.epoch });
+    }
+    state.remembered.insert(command.id, outcome.clone());
+    (outcome, effects)
+}
+
+fn change(state: &mut ClusterState, body: &CommandBody, effects: &mut Vec<Effect>) -> Result<Outcome, Reject> {
+    match body {
+        CommandBody::AnnouncePeer { peer, info } => announce_peer(state, *peer, info)?,
+        CommandBody::RegisterWorker(registration) => register(state, registration, effects)?,
+        CommandBody::DrainWorker { worker, incarnation } => drain(state, worker, *incarnation)?,
+        CommandBody::MarkDead { worker, incarnation, .. } => mark_dead(state, worker, *incarnation, effects)?,
+        CommandBody::Deploy(spec) => return deploy(state, spec),
+        CommandBody::Undeploy { name } => undeploy(state, name)?,
+        CommandBody::Place { epoch_seen, add, remove } => place(state, *epoch_seen, add, remove)?,
+        CommandBody::ReportReplicas { worker, incarnation, replicas } => report(state, worker, *incarnation, replicas)?,
+    }
+    Ok(Outcome::Done { epoch: state.epoch })
+}
+
+fn announce_peer(state: &mut ClusterState, peer: PeerId, info: &PeerInfo) -> Result<(), Reject> {
+    check(peer.0 > 0, "peer", "must not be 0")?;
+    check_text("grpc_address", &info.grpc_address)?;
+    check_text("http_address", &info.http_address)?;
+    check_text("peer_address", &info.peer_address)?;
+    if state.peers.get(&peer) == Some(info) {
+        return Ok(());
+    }
+    if !state.peers.contains_key(&peer) && state.peers.len() >= PEERS_MAX {
+        return Err(too_many("coordinators", PEERS_MAX));
+    }
+    state.peers.insert(peer, info.clone());
+    advance(state);
+    Ok(())
+}
+
+fn register(state: &mut ClusterState, registration: &Registration, effects: &mut Vec<Effect>) -> Result<(), Reject> {
+    let Registration { worker: id, incarnation, .. } = registration;
+    // Zero is proto3's "not given"; the upper half leaves room for the fence above the last life.
+    check((1..=u64::MAX / 2).contains(incarnation), "incarnation", "must be between 1 and 2^63-1")?;
+    check_text("grpc_address", &registration.grpc_address)?;
+    check(!registration.grpc_address.is_empty(), "grpc_address", "must not be empty")?;
+    check_text("http_address", &registration.http_address)?;
+    check_text("zone", &registration.zone)?;
+    check(registration.devices.len() <= DEVICES_MAX, "devices", format!("must be at most {DEVICES_MAX}"))?;
+    for device in &registration.devices {
+        check_text("devices.name", &device.name)?;
+    }
+    let known = state.workers.get(id).cloned();
+    if let Some(worker) = &known
+        && *incarnation < worker.incarnation_floor
+    {
+        return Err(stale(id, *incarnation, worker.incarnation_floor));
+    }
+    if known.is_none() && state.workers.len() >= WORKERS_MAX {
+        forget_longest_dead(state)?;
+    }
+    let same_life = known.as_ref().is_some_and(|worker| worker.incarnation == *incarnation);
+    let next = Worker {
+        incarnation: *incarnation,
+        incarnation_floor: *incarnation,
+        grpc_address: registration.grpc_address.clone(),
+        http_address: registration.http_address.clone(),
+        zone: registration.zone.clone(),
+        devices: registration.devices.clone(),
+        // The same life under a new leader: what it was told before still holds.
+        state: known.as_ref().filter(|_| same_life).map_or(WorkerState::Ready, |worker| worker.state),
+    };
+    if known.as_ref() == Some(&next) {
+        return Ok(());
+    }
+    state.workers.insert(id.clone(), next);
+    let epoch = advance(state);
+    if !same_life {
+        // The new life holds nothing yet, and no route may name it as if it did.
+        for replica in state.replicas.iter_mut().filter(|(replica, _)| replica.worker == *id).map(|(_, replica)| replica) {
+            reset(replica, epoch);
+        }
+        effects.push(Effect::WorkerFenced { worker: id.clone(), incarnation_min: *incarnation });
+    }
+    Ok(())
+}
+
+/// Makes room for a new worker. The dead one's fence goes with it, which is harmless once it holds no replica.
+fn forget_longest_dead(state: &mut ClusterState) -> Result<(), Reject> {
+    let dead = state.workers.iter().filter(|(_, worker)| worker.state == WorkerState::Dead);
+    let longest = dead.min_by_key(|(id, worker)| (worker.incarnation, *id)).map(|(id, _)| id.clone());
+    let longest = longest.ok_or_else(|| too_many("workers", WORKERS_MAX))?;
+    state.workers.remove(&longest);
+    Ok(())
+}
+
+fn drain(state: &mut ClusterState, id: &WorkerId, incarnation: Incarnation) -> Result<(), Reject> {
+    let worker = living(state, id, incarnation)?;
+    if worker.state != WorkerState::Draining {
+        worker.state = WorkerState::Draining;
+        advance(state);
+    }
+    Ok(())
+}
+
+fn mark_dead(state: &mut ClusterState, id: &WorkerId, incarnation: Incarnation, effects: &mut Vec<Effect>) -> Result<(), Reject> {
+    let known = state.workers.get(id);
+    if known.is_some_and(|worker| worker.state == WorkerState::Dead && worker.incarnation == incarnation) {
+        return Ok(()); // the verdict was repeated
+    }
+    let worker = living(state, id, incarnation)?;
+    worker.state = WorkerState::Dead;
+    worker.incarnation_floor = incarnation.saturating_add(1);
+    let incarnation_min = worker.incarnation_floor;
+    state.replicas.retain(|replica, _| replica.worker != *id);
+    advance(state);
+    effects.push(Effect::WorkerFenced { worker: id.clone(), incarnation_min });
+    Ok(())
+}
+
+fn deploy(state: &mut ClusterState, spec: &DeploySpec) -> Result<Outcome, Reject> {
+    check_spec(spec)?;
+    let key = ModelKey { name: spec.name.clone(), version: spec.version };
+    let deployed = state.deployment(&spec.name).map(|(key, deployment)| (key.clone(), deployment.clone()));
+    let generation = match deployed {
+        Some((old_key, deployment)) if old_key == key && same_content(&deployment, spec) => {
+            retry_failed(state, &key);
+            if let Some(deployment) = state.models.get_mut(&key) {
+                deployment.replicas_wanted = spec.replicas_wanted;
+            }
+            deployment.generation
+        }
+        Some((old_key, _)) => replace(state, &old_key, &key, spec),
+        None if state.models.len() >= MODELS_MAX => return Err(too_many("models", MODELS_MAX)),
+        None => {
+            let generation = next_generation(state);
+            state.models.insert(key, deployment(spec, generation));
+            advance(state);
+            generation
+        }
+    };
+    Ok(Outcome::Deployed { version: spec.version, generation, epoch: state.epoch })
+}
+
+fn same_content(deployment: &Deployment, spec: &DeploySpec) -> bool {
+    let same_files = deployment.digest == spec.digest && deployment.size_bytes == spec.size_bytes;
+    let same_form = deployment.shards == spec.shards && deployment.platform == spec.platform;
+    same_files && same_form && deployment.config == spec.config
+}
+
+fn deployment(spec: &DeploySpec, generation: u64) -> Deployment {
+    Deployment {
+        generation,
+        config: spec.config.clone(),
+        digest: spec.digest.clone(),
+        size_bytes: spec.size_bytes,
+        replicas_wanted: spec.replicas_wanted,
+        shards: spec.shards,
+        platform: spec.platform.clone(),
+    }
+}
+
+/// Gives failed replicas another try where they are. The ready ones go on answering: only the failed ones get a new
+/// generation, and the deployment, whose content is the same, keeps its own.
+fn retry_failed(state: &mut ClusterState, key: &ModelKey) {
+    let failed = state.replicas_of(key).filter(|(_, replica)| replica.state == ReplicaState::Failed);
+    let failed: Vec<ReplicaId> = failed.map(|(id, _)| id.clone()).collect();
+    if failed.is_empty() {
+        return;
+    }
+    let generation = next_generation(state);
+    let epoch = advance(state);
+    for id in failed {
+        state.replicas.insert(id, assigned(generation, epoch));
+    }
+}
+
+/// Puts other content under the same name, all at once: replicas stay on their workers and start over.
+fn replace(state: &mut ClusterState, old: &ModelKey, new: &ModelKey, spec: &DeploySpec) -> u64 {
+    let generation = next_generation(state);
+    let epoch = advance(state);
+    state.models.remove(old);
+    state.models.insert(new.clone(), deployment(spec, generation));
+    let ids: Vec<ReplicaId> = state.replicas_of(old).map(|(id, _)| id.clone()).collect();
+    for id in ids {
+        state.replicas.remove(&id);
+        if id.shard < spec.shards {
+            let id = ReplicaId { version: new.version, ..id };
+            state.replicas.insert(id, assigned(generation, epoch));
+        }
+    }
+    generation
+}
+
+fn undeploy(state: &mut ClusterState, name: &str) -> Result<(), Reject> {
+    let before = state.models.len();
+    state.models.retain(|key, _| key.name != name);
+    if state.models.len() == before {
+        return Err(Reject::UnknownModel { name: cut(name, TEXT_BYTES_MAX) });
+    }
+    state.replicas.retain(|id, _| id.model != name);
+    advance(state);
+    Ok(())
+}
+
+/// Makes those moves of the plan that are still right. A plan is made from a state that may be gone when it is
+/// committed, and to refuse the whole of it for one worker's report would only cost a round; but no move may break what
+/// placement promises, so each is judged alone by [`may_add`] and [`may_remove`].
+fn place(state: &mut ClusterState, epoch_seen: Epoch, add: &[ReplicaId], remove: &[ReplicaId]) -> Result<(), Reject> {
+    let moves = add.len().saturating_add(remove.len());
+    check(moves <= MOVES_MAX, "moves", format!("must be at most {MOVES_MAX}"))?;
+    let mut changed = false;
+    for id in remove {
+        if may_remove(state, id) {
+            state.replicas.remove(id);
+            changed = true;
+        }
+    }
+    let epoch = state.epoch.saturating_add(1);
+    for id in add {
+        if let Some(generation) = may_add(state, id) {
+            state.replicas.insert(id.clone(), assigned(generation, epoch));
+            changed = true;
+        }
+    }
+    if changed {
+        advance(state);
+    } else if moves > 0 {
+        return Err(Reject::StalePlan { epoch_seen, epoch: state.epoch });
+    }
+    Ok(())
+}
+
+/// The generation of the new replica, if the shard is deployed, lacks one, and the worker takes it and has none yet.
+fn may_add(state: &ClusterState, id: &ReplicaId) -> Option<u64> {
+    let deployment = state.models.get(&id.key())?;
+    let takes_work = state.workers.get(&id.worker)?.state == WorkerState::Ready;
+    let fits = takes_work && id.shard < deployment.shards && !state.replicas.contains_key(id);
+    let shard = Shard::survey(state, &id.key(), id.shard);
+    (fits && shard.staying.len() < deployment.replicas_wanted as usize).then_some(deployment.generation)
+}
+
+/// Whether the replica is one too many, or on a worker that leaves; never the last one that answers.
+fn may_remove(state: &ClusterState, id: &ReplicaId) -> bool {
+    let (Some(replica), Some(deployment)) = (state.replicas.get(id), state.models.get(&id.key())) else { return false };
+    let shard = Shard::survey(state, &id.key(), id.shard);
+    let leaves = shard.leaving.contains(&&id.worker);
+    let answers_elsewhere = shard.answering.iter().any(|worker| **worker != id.worker);
+    let surplus = shard.staying.len() > deployment.replicas_wanted as usize;
+    (leaves || surplus) && (answers_elsewhere || replica.state != ReplicaState::Ready)
+}
+
+fn report(state: &mut ClusterState, id: &WorkerId, incarnation: Incarnation, reports: &[ReplicaReport]) -> Result<(), Reject> {
+    check(reports.len() <= MOVES_MAX, "replicas", format!("must be at most {MOVES_MAX}"))?;
+    living(state, id, incarnation)?;
+    let mut routes_changed = false;
+    for report in reports {
+        let replica = ReplicaId { model: report.model.clone(), version: report.version, shard: report.shard, worker: id.clone() };
+        // What isn't assigned any more, or was assigned anew since, is on its way out at the worker too.
+        let Some(replica) = state.replicas.get_mut(&replica) else { continue };
+        if replica.generation != report.generation {
+            continue;
+        }
+        let was_ready = replica.state == ReplicaState::Ready;
+        replica.state = report.state;
+        replica.reason = cut(&report.reason, REASON_BYTES_MAX);
+        replica.memory_bytes = report.memory_bytes;
+        routes_changed |= was_ready != (report.state == ReplicaState::Ready);
+    }
+    if routes_changed {
+        advance(state);
+    }
+    Ok(())
+}
+
+/// Whether a report would tell the state something. Memory alone isn't news once it is known: it changes by itself, and the
+/// log is no place for that.
+pub fn is_news(replica: &Replica, report: &ReplicaReport) -> bool {
+    let memory_unknown = replica.memory_bytes == 0 && report.memory_bytes != 0;
+    let differs = replica.state != report.state || replica.reason != cut(&report.reason, REASON_BYTES_MAX);
+    replica.generation == report.generation && (differs || memory_unknown)
+}
+
+fn assigned(generation: u64, epoch: Epoch) -> Replica {
+    Replica { generation, state: ReplicaState::Assigned, reason: String::new(), epoch, memory_bytes: 0 }
+}
+
+fn reset(replica: &mut Replica, epoch: Epoch) {
+    *replica = assigned(replica.generation, epoch);
+}
+
+/// The worker, if this life of it is the one that counts.
+fn living<'a>(state: &'a mut ClusterState, id: &WorkerId, incarnation: Incarnation) -> Result<&'a mut Worker, Reject> {
+    match state.workers.get_mut(id) {
+        None => Err(Reject::UnknownWorker { worker: id.clone() }),
+        Some(worker) if worker.incarnation != incarnation || worker.state == WorkerState::Dead => {
+            Err(stale(id, incarnation, worker.incarnation_floor))
+        }
+        Some(worker) => Ok(worker),
+    }
+}
+
+fn advance(state: &mut ClusterState) -> Epoch {
+    state.epoch = state.epoch.saturating_add(1);
+    state.epoch
+}
+
+fn next_generation(state: &mut ClusterState) -> u64 {
+    state.generation_last = state.generation_last.saturating_add(1);
+    state.generation_last
+}
+
+fn check_spec(spec: &DeploySpec) -> Result<(), Reject> {
+    if let Err(error) = cresset_proto::ids::check_model_name(&spec.name) {
+        return Err(Reject::Invalid { field: "name".into(), problem: format!("isn't usable: {error}") });
+    }
+    check(spec.version > 0, "version", "must be at least 1")?;
+    check(spec.config.len() <= CONFIG_BYTES_MAX, "config", format!("must be at most {CONFIG_BYTES_MAX} bytes"))?;
+    check_text("digest", &spec.digest)?;
+    check_text("platform", &spec.platform)?;
+    let replicas = 1..=REPLICAS_MAX;
+    check(replicas.contains(&spec.replicas_wanted), "replicas", format!("must be between 1 and {REPLICAS_MAX}"))?;
+    check((1..=SHARDS_MAX).contains(&spec.shards), "shards", format!("must be between 1 and {SHARDS_MAX}"))
+}
+
+fn check(holds: bool, field: &str, problem: impl Into<String>) -> Result<(), Reject> {
+    if holds { Ok(()) } else { Err(Reject::Invalid { field: field.into(), problem: problem.into() }) }
+}
+
+fn check_text(field: &str, text: &str) -> Result<(), Reject> {
+    check(text.len() <= TEXT_BYTES_MAX, field, format!("must be at most {TEXT_BYTES_MAX} bytes"))
+}
+
+fn stale(worker: &WorkerId, incarnation: Incarnation, incarnation_min: Incarnation) -> Reject {
+    Reject::StaleIncarnation { worker: worker.clone(), incarnation, incarnation_min }
+}
+
+fn too_many(what: &str, max: usize) -> Reject {
+    Reject::TooMany { what: what.into(), max: max as u64 }
+}
+
+/// At most `bytes_max` bytes of the text, whole characters.
+fn cut(text: &str, bytes_max: usize) -> String {
+    text[..text.floor_char_boundary(bytes_max)].to_owned()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,323 @@
+//! What may be proposed, and how it was answered.
+//!
+//! A command carries everything that its effect depends on, since [`apply`](crate::apply) knows no clock and asks
+//! nobody. Its id is chosen by whoever wants it done and stays the same in every retry.
+use std::fmt;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    PeerId, WorkerId,
+    codec::{self, DecodeError, blob},
+    state::{Device, Epoch, Generation, Incarnation, PeerInfo, ReplicaId, ReplicaState},
+};
+
+const FORMAT: u8 = 1;
+
+/// Longest address, zone, device name, platform or digest that is kept.
+pub const TEXT_BYTES_MAX: usize = 512;
+/// Longest reason that is kept; the rest is cut off.
+pub const REASON_BYTES_MAX: usize = 512;
+/// Largest encoded model configuration.
+pub const CONFIG_BYTES_MAX: usize = 1 << 20;
+/// Most coordinators that can announce themselves.
+pub const PEERS_MAX: usize = 32;
+/// Most workers that are remembered; the longest dead give way.
+pub const WORKERS_MAX: usize = 1_000;
+/// Most models that can be deployed.
+pub const MODELS_MAX: usize = 1_000;
+/// Most devices of a worker.
+pub const DEVICES_MAX: usize = 64;
+/// Most replicas of a shard.
+pub const REPLICAS_MAX: u32 = 1_000;
+/// Most shards of a model.
+pub const SHARDS_MAX: u32 = 64;
+/// Most moves of a plan, and most replicas in a report.
+pub const MOVES_MAX: usize = 10_000;
+
+/// Names a command in all its retries: 16 bytes that its caller chose at random.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct CommandId(pub [u8; 16]);
+
+impl TryFrom<&[u8]> for CommandId {
+    type Error = CommandIdError;
+    fn try_from(bytes: &[u8]) -> Result<Self, CommandIdError> {
+        let bytes = bytes.try_into().map_err(|_| CommandIdError { found: bytes.len() })?;
+        Ok(Self(bytes))
+    }
+}
+
+impl fmt::Display for CommandId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for CommandId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A command id of the wrong length.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("command_id has {found} bytes, it must have 16: choose them at random and keep them in every retry")]
+pub struct CommandIdError {
+    /// Bytes that were there.
+    pub found: usize,
+}
+
+/// A change that somebody wants.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Command {
+    /// The same in every retry.
+    pub id: CommandId,
+    /// What to do.
+    pub body: CommandBody,
+}
+
+impl Command {
+    /// As bytes for the log and for the wire between coordinators.
+    pub fn encode(&self) -> Vec<u8> {
+        codec::encode(FORMAT, self)
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote. A peer that can't read a *committed* command has to stop: skipping it would
+    /// part its state from the others'.
+    ///
+    /// # Errors
+    /// [`DecodeError`] if the bytes are damaged or of a later format.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        codec::decode("command", FORMAT, bytes)
+    }
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CommandBody {
+    /// A coordinator says where it can be reached.
+    AnnouncePeer {
+        /// Who speaks.
+        peer: PeerId,
+        /// Where it is.
+        info: PeerInfo,
+    },
+    /// A worker joins, or joins again.
+    RegisterWorker(Registration),
+    /// A worker leaves in an orderly way.
+    DrainWorker {
+        /// Who leaves.
+        worker: WorkerId,
+        /// Which of its lives.
+        incarnation: Incarnation,
+    },
+    /// The leader's verdict on one life of a worker.
+    MarkDead {
+        /// Who is judged.
+        worker: WorkerId,
+        /// Which of its lives.
+        incarnation: Incarnation,
+        /// What it was judged by.
+        cause: Cause,
+    },
+    /// Serve a model, or serve it differently.
+    Deploy(DeploySpec),
+    /// Stop serving a model.
+    Undeploy {
+        /// The model's name.
+        name: String,
+    },
+    /// The leader's plan. Each move is judged by itself against the state at hand.
+    Place {
+        /// The epoch that the plan was made from; for messages only.
+        epoch_seen: Epoch,
+        /// Replicas to begin.
+        add: Vec<ReplicaId>,
+        /// Replicas to end.
+        remove: Vec<ReplicaId>,
+    },
+    /// What a worker says about its replicas; only what changed.
+    ReportReplicas {
+        /// Who speaks.
+        worker: WorkerId,
+        /// Which of its lives.
+        incarnation: Incarnation,
+        /// What it sees.
+        replicas: Vec<ReplicaReport>,
+    },
+}
+
+/// A worker, as it introduces itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registration {
+    /// Its name, the same from life to life.
+    pub worker: WorkerId,
+    /// This life; above every earlier one.
+    pub incarnation: Incarnation,
+    /// `host:port` of inference.
+    pub grpc_address: String,
+    /// `host:port` of `/metrics` and `/healthz`.
+    pub http_address: String,
+    /// What it shares its fate with; empty for unknown.
+    pub zone: String,
+    /// What it computes on.
+    pub devices: Vec<Device>,
+}
+
+/// What to serve.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeploySpec {
+    /// The model's name.
+    pub name: String,
+    /// Its version, from 1.
+    pub version: u64,
+    /// An encoded `inference.ModelConfig`.
+    #[serde(with = "blob")]
+    pub config: Bytes,
+    /// SHA-256 over the version's files, in hexadecimal.
+    pub digest: String,
+    /// Size of the version's files.
+    pub size_bytes: u64,
+    /// Replicas wanted of each shard.
+    pub replicas_wanted: u32,
+    /// Parts that the model is cut into; 1 for a model that fits a device.
+    pub shards: u32,
+    /// What runs it, as in `pytorch_libtorch`.
+    pub platform: String,
+}
+
+/// What a worker says about one replica.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaReport {
+    /// The model's name.
+    pub model: String,
+    /// The model's version.
+    pub version: u64,
+    /// Which part of the model.
+    pub shard: u32,
+    /// Which assignment this is about.
+    pub generation: Generation,
+    /// How far it has come.
+    pub state: ReplicaState,
+    /// Why it failed; empty otherwise.
+    pub reason: String,
+    /// Memory that it takes.
+    pub memory_bytes: u64,
+}
+
+/// What a worker was judged by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cause {
+    /// No heartbeat for the whole timeout.
+    Silence,
+    /// Its connection broke, and nobody answered at its address.
+    Unreachable,
+    /// An operator said so.
+    Operator,
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Silence => "no heartbeat within the timeout",
+            Self::Unreachable => "its connection broke and it doesn't answer",
+            Self::Operator => "an operator said so",
+        })
+    }
+}
+
+/// How a command was answered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// The state is now as the command wants it.
+    Done {
+        /// The epoch after it.
+        epoch: Epoch,
+    },
+    /// The model is deployed; its replicas come up from here.
+    Deployed {
+        /// The version that is deployed.
+        version: u64,
+        /// Replicas of at least this generation serve it.
+        generation: Generation,
+        /// The epoch after it.
+        epoch: Epoch,
+    },
+    /// Nothing was changed.
+    Rejected(Reject),
+}
+
+impl Outcome {
+    /// As bytes for the wire between coordinators.
+    pub fn encode(&self) -> Vec<u8> {
+        codec::encode(FORMAT, self)
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote.
+    ///
+    /// # Errors
+    /// [`DecodeError`] if the bytes are damaged or of a later format.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        codec::decode("outcome", FORMAT, bytes)
+    }
+
+    /// The outcome as a result, for callers for whom a rejection is an error.
+    ///
+    /// # Errors
+    /// The [`Reject`].
+    pub fn accepted(self) -> Result<Self, Reject> {
+        if let Self::Rejected(reject) = self { Err(reject) } else { Ok(self) }
+    }
+}
+
+/// Why a command changed nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Reject {
+    /// A value that can never be right.
+    #[error("{field} {problem}")]
+    Invalid {
+        /// Which value.
+        field: String,
+        /// What is wrong with it, and its limit.
+        problem: String,
+    },
+    /// There is no such worker.
+    #[error("worker {worker} isn't known; it has to register first")]
+    UnknownWorker {
+        /// Who was named.
+        worker: WorkerId,
+    },
+    /// This is about a past life of the worker.
+    #[error("incarnation {incarnation} of worker {worker} is over; the smallest accepted is {incarnation_min}")]
+    StaleIncarnation {
+        /// Who was named.
+        worker: WorkerId,
+        /// The life that was named.
+        incarnation: Incarnation,
+        /// The smallest that is accepted.
+        incarnation_min: Incarnation,
+    },
+    /// The model isn't deployed.
+    #[error("model '{name}' isn't deployed")]
+    UnknownModel {
+        /// What was named.
+        name: String,
+    },
+    /// No move of the plan fits the state any more.
+    #[error("the plan was made from epoch {epoch_seen}, and none of its moves fits epoch {epoch}; plan again")]
+    StalePlan {
+        /// The epoch that the plan was made from.
+        epoch_seen: Epoch,
+        /// The epoch at hand.
+        epoch: Epoch,
+    },
+    /// A bound of the state.
+    #[error("there are {max} {what} already, which is the limit; remove one first")]
+    TooMany {
+        /// Of what.
+        what: String,
+        /// The limit.
+        max: u64,
+    },
+}

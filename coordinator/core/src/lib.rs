@@ -1,0 +1,36 @@
+//! Cresset's control plane as pure functions.
+//!
+//! The coordinators agree on a list of commands; this crate says what each command does to the cluster's state, and
+//! what should be proposed next. Everything here is a function of its arguments: there is no tokio, no clock, no
+//! randomness, no IO and no order that depends on a hash. Time comes in as a value, effects go out as values, so that
+//! every peer reaches the same state and every test replays exactly.
+//!
+//! - [`state`]: what the cluster knows. Changed by [`apply`] only.
+//! - [`command`]: what may be proposed, and how it was answered.
+//! - [`apply`](mod@apply): the only mutator.
+//! - [`snapshot`]: the state as bytes.
+//! - [`placement`]: which moves would bring the replicas closer to what is wanted.
+//! - [`liveness`]: who should be judged dead.
+//! - [`routes`]: what routers and workers are told.
+//! - [`status`]: what people are told about models.
+//! - [`wire`]: the same views as messages of `cresset.fleet.v1`.
+#![forbid(unsafe_code)]
+
+pub mod apply;
+mod codec;
+pub mod command;
+pub mod liveness;
+pub mod placement;
+pub mod routes;
+pub mod snapshot;
+pub mod state;
+pub mod status;
+#[cfg(test)]
+mod testkit;
+pub mod wire;
+
+pub use apply::{Effect, apply};
+pub use codec::DecodeError;
+pub use command::{Command, CommandBody, CommandId, Outcome, Reject};
+pub use cresset_proto::ids::{PeerId, WorkerId};
+pub use state::ClusterState;

@@ -1,0 +1,316 @@
+//! Who should be judged dead: heartbeats in, verdicts out.
+//!
+//! Runs on the leader only. A verdict here is an opinion; it counts once `MarkDead` is committed, and until then it is
+//! repeated now and then. Time comes in as milliseconds of any clock that doesn't jump.
+//!
+//! Two things are never held against a worker: time before this leader began to listen, and time in which the leader
+//! itself stood still (a stopped process, a machine that slept).
+use std::collections::BTreeMap;
+
+use crate::{
+    ClusterState, WorkerId,
+    command::Cause,
+    state::{Incarnation, WorkerState},
+};
+
+/// How long is too long.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    /// Silence after which a worker is dead.
+    pub timeout_ms: u64,
+    /// A verdict that isn't committed is repeated after this.
+    pub repeat_ms: u64,
+    /// A gap between two ticks from which on the leader itself is taken to have stood still.
+    pub stall_ms: u64,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self { timeout_ms: 2_500, repeat_ms: 1_000, stall_ms: 1_000 }
+    }
+}
+
+/// What should be done about a worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Its connection broke: ask at its address whether it still lives, at once.
+    Probe {
+        /// Whom to ask.
+        worker: WorkerId,
+        /// The life that is in question.
+        incarnation: Incarnation,
+    },
+    /// It is dead: propose it.
+    Dead {
+        /// Who.
+        worker: WorkerId,
+        /// Which of its lives.
+        incarnation: Incarnation,
+        /// Judged by what.
+        cause: Cause,
+    },
+}
+
+/// What the leader has heard of the workers.
+#[derive(Debug, Clone)]
+pub struct Liveness {
+    policy: Policy,
+    ticked_ms: u64,
+    workers: BTreeMap<WorkerId, Watch>,
+}
+
+#[derive(Debug, Clone)]
+struct Watch {
+    incarnation: Incarnation,
+    heard_ms: u64,
+    suspicion: Suspicion,
+    /// When the last verdict was given.
+    judged_ms: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Suspicion {
+    None,
+    /// The connection broke, and the probe isn't back yet.
+    Probing,
+    /// The probe failed as well.
+    Unreachable,
+}
+
+impl Watch {
+    fn new(incarnation: Incarnation, now_ms: u64) -> Self {
+        Self { incarnation, heard_ms: now_ms, suspicion: Suspicion::None, judged_ms: None }
+    }
+
+    fn heard(&mut self, now_ms: u64) {
+        *self = Self::new(self.incarnation, now_ms.max(self.heard_ms));
+    }
+
+    fn cause(&self, now_ms: u64, timeout_ms: u64) -> Option<Cause> {
+        if self.suspicion == Suspicion::Unreachable {
+            Some(Cause::Unreachable)
+        } else if now_ms.saturating_sub(self.heard_ms) >= timeout_ms {
+            Some(Cause::Silence)
+        } else {
+            None
+        }
+    }
+}
+
+impl Liveness {
+    /// Begins to listen. A new leader knows nothing, so every worker has a full timeout from the moment it is followed.
+    pub fn new(policy: Policy, now_ms: u64) -> Self {
+        Self { policy, ticked_ms: now_ms, workers: BTreeMap::new() }
+    }
+
+    /// Brings the list of workers in line with the committed state: new lives are listened for from now on, dead and unknown
+    /// ones no longer.
+    pub fn follow(&mut self, state: &ClusterState, now_ms: u64) {
+        let alive = |id: &WorkerId| state.workers.get(id).filter(|worker| worker.state != WorkerState::Dead);
+        self.workers.retain(|id, watch| alive(id).is_some_and(|worker| worker.incarnation <= watch.incarnation));
+        for (id, worker) in state.workers.iter().filter(|(_, worker)| worker.state != WorkerState::Dead) {
+            self.workers.entry(id.clone()).or_insert_with(|| Watch::new(worker.incarnation, now_ms));
+        }
+    }
+
+    /// A registration was committed.
+    pub fn registered(&mut self, worker: &WorkerId, incarnation: Incarnation, now_ms: u64) {
+        let known = self.workers.get(worker).map_or(0, |watch| watch.incarnation);
+        if incarnation >= known {
+            self.workers.insert(worker.clone(), Watch::new(incarnation, now_ms));
+        }
+    }
+
+    /// A heartbeat came in. It clears every doubt about this life of the worker.
+    pub fn heartbeat(&mut self, worker: &WorkerId, incarnation: Incarnation, now_ms: u64) {
+        if let Some(watch) = self.watch(worker, incarnation) {
+            watch.heard(now_ms);
+        }
+    }
+
+    /// The worker's stream ended.
+    pub fn connection_lost(&mut self, worker: &WorkerId, incarnation: Incarnation) -> Vec<Verdict> {
+        match self.watch(worker, incarnation) {
+            Some(watch) if watch.suspicion == Suspicion::None => {
+                watch.suspicion = Suspicion::Probing;
+                vec![Verdict::Probe { worker: worker.clone(), incarnation }]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Nobody answered at the worker's address.
+    pub fn probe_failed(&mut self, worker: &WorkerId, incarnation: Incarnation, now_ms: u64) -> Vec<Verdict> {
+        match self.watch(worker, incarnation) {
+            // Otherwise it was heard of since, and the probe is out of date.
+            Some(watch) if watch.suspicion == Suspicion::Probing => {
+                watch.suspicion = Suspicion::Unreachable;
+                watch.judged_ms = Some(now_ms);
+                vec![Verdict::Dead { worker: worker.clone(), incarnation, cause: Cause::Unreachable }]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The worker answered a probe. Only its connection broke; it has the rest of its timeout to come back.
+    pub fn probe_ok(&mut self, worker: &WorkerId, incarnation: Incarnation) {
+        if let Some(watch) = self.watch(worker, incarnation)
+            && watch.suspicion == Suspicion::Probing
+        {
+            watch.suspicion = Suspicion::None;
+        }
+    }
+
+    /// Time has passed.
+    pub fn tick(&mut self, now_ms: u64) -> Vec<Verdict> {
+        let stalled = now_ms.saturating_sub(self.ticked_ms) >= self.policy.stall_ms;
+        self.ticked_ms = now_ms.max(self.ticked_ms);
+        if stalled {
+            // What was said in the meantime hasn't been read yet.
+            self.workers.values_mut().for_each(|watch| watch.heard(now_ms));
+            return Vec::new();
+        }
+        let Policy { timeout_ms, repeat_ms, .. } = self.policy;
+        let mut verdicts = Vec::new();
+        for (worker, watch) in &mut self.workers {
+            let Some(cause) = watch.cause(now_ms, timeout_ms) else { continue };
+            if watch.judged_ms.is_some_and(|judged_ms| now_ms.saturating_sub(judged_ms) < repeat_ms) {
+                continue;
+            }
+            watch.judged_ms = Some(now_ms);
+            verdicts.push(Verdict::Dead { worker: worker.clone(), incarnation: watch.incarnation, cause });
+        }
+        verdicts
+    }
+
+    fn watch(&mut self, worker: &WorkerId, incarnation: Incarnation) -> Option<&mut Watch> {
+        self.workers.get_mut(worker).filter(|watch| watch.incarnation == incarnation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testkit::{registered, w};
+
+    fn dead(name: &str, incarnation: u64, cause: Cause) -> Vec<Verdict> {
+        vec![Verdict::Dead { worker: w(name), incarnation, cause }]
+    }
+
+    /// Ticks every 100 ms from `from` on, up to and including `to`, and collects the verdicts with their times.
+    fn ticks(liveness: &mut Liveness, from: u64, to: u64) -> Vec<(u64, Verdict)> {
+        let times = (from..=to).step_by(100);
+        times.flat_map(|now| liveness.tick(now).into_iter().map(move |verdict| (now, verdict))).collect()
+    }
+
+    #[test]
+    fn silence_is_judged_after_the_timeout_and_repeated_now_and_then() {
+        let mut liveness = Liveness::new(Policy::default(), 0);
+        liveness.registered(&w("w1"), 7, 0);
+        liveness.registered(&w("w2"), 3, 0);
+        let mut judged = Vec::new();
+        for now in (100..=4_600).step_by(100) {
+            liveness.heartbeat(&w("w2"), 3, now);
+            judged.extend(liveness.tick(now).into_iter().map(|verdict| (now, verdict)));
+        }
+        let verdict = Verdict::Dead { worker: w("w1"), incarnation: 7, cause: Cause::Silence };
+        assert_eq!(judged, vec![(2_500, verdict.clone()), (3_500, verdict.clone()), (4_500, verdict)]);
+    }
+
+    #[test]
+    fn a_broken_connection_is_probed_and_judged_at_once_if_nobody_answers() {
+        let mut liveness = Liveness::new(Policy::default(), 0);
+        liveness.registered(&w("w1"), 7, 0);
+        assert_eq!(liveness.connection_lost(&w("w1"), 7), vec![Verdict::Probe { worker: w("w1"), incarnation: 7 }]);
+        assert_eq!(liveness.connection_lost(&w("w1"), 7), vec![], "one probe at a time");
+        assert_eq!(liveness.probe_failed(&w("w1"), 7, 40), dead("w1", 7, Cause::Unreachable));
+        let again = ticks(&mut liveness, 100, 1_100);
+        assert_eq!(again.first().map(|(now, _)| *now), Some(1_100), "repeated only after the interval");
+    }
+
+    #[test]
+    fn a_worker_that_answers_the_probe_has_the_rest_of_its_timeout() {
+        let mut liveness = Liveness::new(Policy::default(), 0);
+        liveness.registered(&w("w1"), 7, 0);
+        liveness.connection_lost(&w("w1"), 7);
+        liveness.probe_ok(&w("w1"), 7);
+        assert_eq!(ticks(&mut liveness, 100, 2_400), vec![]);
+        assert_eq!(liveness.tick(2_500), dead("w1", 7, Cause::Silence));
+    }
+
+    #[test]
+    fn a_heartbeat_overtakes_the_probe() {
+        let mut liveness = Liveness::new(Policy::default(), 0);
+        liveness.registered(&w("w1"), 7, 0);
+        liveness.connection_lost(&w("w1"), 7);
+        liveness.heartbeat(&w("w1"), 7, 50);
+        assert_eq!(liveness.probe_failed(&w("w1"), 7, 60), vec![]);
+    }
+
+    #[test]
+    fn past_lives_are_not_heard() {
+        let mut liveness = Liveness::new(Policy::default(), 0);
+        liveness.registered(&w("w1"), 7, 0);
+        liveness.registered(&w("w1"), 8, 10);
+        liveness.registered(&w("w1"), 7, 20);
+        assert_eq!(liveness.connection_lost(&w("w1"), 7), vec![], "the old stream's end says nothing about the new life");
+        for now in (100..2_500).step_by(100) {
+            liveness.heartbeat(&w("w1"), 7, now);
+            assert_eq!(liveness.tick(now), vec![]);
+        }
+        assert_eq!(liveness.tick(2_510), dead("w1", 8, Cause::Silence));
+    }
+
+    #[test]
+    fn a_new_leader_waits_one_timeout_of_its_own() {
+        let state = registered(&["w1", "w2"]);
+        let mut liveness = Liveness::new(Policy::default(), 1_000_000);
+        liveness.follow(&state, 1_000_000);
+        assert_eq!(ticks(&mut liveness, 1_000_100, 1_002_400), vec![]);
+        assert_eq!(liveness.tick(1_002_500).len(), 2);
+    }
+
+    #[test]
+    fn a_leader_that_stood_still_blames_nobody() {
+        let mut liveness = Liveness::new(Policy::default(), 0);
+        liveness.registered(&w("w1"), 7, 0);
+        assert_eq!(ticks(&mut liveness, 100, 500), vec![]);
+        assert_eq!(liveness.tick(60_000), vec![], "stopped for a minute");
+        assert_eq!(ticks(&mut liveness, 60_100, 62_400), vec![]);
+        assert_eq!(liveness.tick(62_500), dead("w1", 7, Cause::Silence));
+    }
+
+    #[test]
+    fn the_dead_and_the_unknown_are_forgotten() {
+        let mut state = registered(&["w1", "w2"]);
+        let mut liveness = Liveness::new(Policy::default(), 0);
+        liveness.follow(&state, 0);
+        state.workers.get_mut(&w("w1")).unwrap().state = WorkerState::Dead;
+        state.workers.remove(&w("w2"));
+        liveness.follow(&state, 100);
+        assert_eq!(ticks(&mut liveness, 100, 5_000), vec![]);
+    }
+
+    proptest! {
+        #[test]
+        fn nobody_is_judged_before_a_full_timeout_of_silence(
+            beats in proptest::collection::vec(1_u64..400, 1..60),
+        ) {
+            let mut liveness = Liveness::new(Policy::default(), 0);
+            liveness.registered(&w("w1"), 1, 0);
+            let mut heard = 0;
+            let mut now = 0;
+            for gap in beats {
+                now += gap;
+                if gap % 3 == 0 {
+                    liveness.heartbeat(&w("w1"), 1, now);
+                    heard = now;
+                }
+                let verdicts = liveness.tick(now);
+                prop_assert!(verdicts.is_empty() || now - heard >= 2_500);
+            }
+        }
+    }
+}

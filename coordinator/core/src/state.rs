@@ -1,0 +1,272 @@
+//! What the cluster knows: members, deployments, and which worker should run what.
+//!
+//! Plain data, the same on every peer. Nothing here decides; [`apply`](crate::apply) is the only code that changes it.
+//! Absent on purpose: heartbeats, free memory and anything else that changes by itself. That lives on the leader.
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    PeerId, WorkerId,
+    codec::blob,
+    command::{CommandId, Outcome},
+};
+
+/// One life of a worker process. Grows from life to life.
+pub type Incarnation = u64;
+/// The version of assignments and routes. Only grows.
+pub type Epoch = u64;
+/// Which deployment a replica belongs to. One counter serves the whole cluster, so no two deployments share one.
+pub type Generation = u64;
+
+/// Answers that are remembered, so that a command whose caller had to retry is applied once.
+pub const REMEMBERED_COMMANDS_MAX: usize = 10_000;
+
+/// Everything that the coordinators agree on.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct ClusterState {
+    /// The cluster's name; two clusters never mix.
+    pub cluster_id: String,
+    /// Grows when assignments, routes, workers or the coordinators' addresses change.
+    pub epoch: Epoch,
+    /// The last generation that was given to a deployment or a retried replica.
+    pub generation_last: Generation,
+    /// Where each coordinator can be reached, as it announced it.
+    pub peers: BTreeMap<PeerId, PeerInfo>,
+    /// Every worker that ever registered, dead ones included: their fences outlive them.
+    pub workers: BTreeMap<WorkerId, Worker>,
+    /// What is deployed. For now at most one version for each name.
+    pub models: BTreeMap<ModelKey, Deployment>,
+    /// Which worker should run what.
+    pub replicas: BTreeMap<ReplicaId, Replica>,
+    /// Answers to recent commands.
+    pub remembered: Remembered,
+}
+
+impl ClusterState {
+    /// The state of a cluster in which nothing has happened yet.
+    pub fn new(cluster_id: impl Into<String>) -> Self {
+        Self { cluster_id: cluster_id.into(), ..Self::default() }
+    }
+
+    /// The deployment of the model called `name`.
+    pub fn deployment(&self, name: &str) -> Option<(&ModelKey, &Deployment)> {
+        let first = ModelKey { name: name.to_owned(), version: 0 };
+        self.models.range(first..).next().filter(|(key, _)| key.name == name)
+    }
+
+    /// The replicas of a model, all its shards together.
+    pub fn replicas_of<'a, 'k>(&'a self, key: &'k ModelKey) -> impl Iterator<Item = (&'a ReplicaId, &'a Replica)> + use<'a, 'k> {
+        self.replicas.iter().filter(move |(id, _)| id.is_of(key))
+    }
+
+    /// The replicas that a worker should run.
+    pub fn replicas_on<'a, 'k>(
+        &'a self,
+        worker: &'k WorkerId,
+    ) -> impl Iterator<Item = (&'a ReplicaId, &'a Replica)> + use<'a, 'k> {
+        self.replicas.iter().filter(move |(id, _)| id.worker == *worker)
+    }
+
+    /// The workers that can take new replicas.
+    pub fn workers_ready(&self) -> impl Iterator<Item = (&WorkerId, &Worker)> {
+        self.workers.iter().filter(|(_, worker)| worker.state == WorkerState::Ready)
+    }
+
+    /// How many replicas a deployment gets that doesn't say: 2, or as many as there are workers if fewer.
+    pub fn replicas_default(&self) -> u32 {
+        if self.workers_ready().count() == 1 { 1 } else { 2 }
+    }
+}
+
+/// Where a coordinator can be reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerInfo {
+    /// `host:port` of the public gRPC services.
+    pub grpc_address: String,
+    /// `host:port` of `/metrics` and `/healthz`.
+    pub http_address: String,
+    /// `host:port` of consensus and membership.
+    pub peer_address: String,
+}
+
+/// A worker process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Worker {
+    /// Its newest life.
+    pub incarnation: Incarnation,
+    /// The smallest incarnation that may register. Above `incarnation` once this life was judged dead.
+    pub incarnation_floor: Incarnation,
+    /// `host:port` of inference.
+    pub grpc_address: String,
+    /// `host:port` of `/metrics` and `/healthz`.
+    pub http_address: String,
+    /// What it shares its fate with: a rack, a zone. Empty for unknown.
+    pub zone: String,
+    /// What it computes on.
+    pub devices: Vec<Device>,
+    /// Whether it may be given work.
+    pub state: WorkerState,
+}
+
+/// What a worker computes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// `cpu` or `cuda:0`.
+    pub name: String,
+    /// All of its memory, used or not.
+    pub memory_bytes: u64,
+}
+
+/// Whether a worker may be given work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WorkerState {
+    /// It takes new replicas.
+    Ready,
+    /// It is leaving: it takes nothing new, and what it has moves away.
+    Draining,
+    /// Judged dead. It holds nothing until a new life registers.
+    Dead,
+}
+
+/// A model in one of its versions.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ModelKey {
+    /// The model's name.
+    pub name: String,
+    /// Triton's version number.
+    pub version: u64,
+}
+
+/// What was asked for when a model was deployed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Deployment {
+    /// Which deployment this is. A replica serves it if its own generation is at least this.
+    pub generation: Generation,
+    /// An encoded `inference.ModelConfig`.
+    #[serde(with = "blob")]
+    pub config: Bytes,
+    /// SHA-256 over the version's files, in hexadecimal.
+    pub digest: String,
+    /// Size of the version's files; placement takes it for the memory that a replica needs.
+    pub size_bytes: u64,
+    /// Replicas wanted of each shard.
+    pub replicas_wanted: u32,
+    /// Parts that the model is cut into.
+    pub shards: u32,
+    /// What runs it, as in `pytorch_libtorch`.
+    pub platform: String,
+}
+
+/// One copy of a shard on one worker. Being a key, it can't exist twice on the same worker.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ReplicaId {
+    /// The model's name.
+    pub model: String,
+    /// The model's version.
+    pub version: u64,
+    /// Which part of the model, from 0.
+    pub shard: u32,
+    /// Where it runs.
+    pub worker: WorkerId,
+}
+
+impl ReplicaId {
+    /// Whether this is a replica of that model in that version.
+    pub fn is_of(&self, key: &ModelKey) -> bool {
+        self.version == key.version && self.model == key.name
+    }
+
+    /// The model that this is a replica of.
+    pub fn key(&self) -> ModelKey {
+        ModelKey { name: self.model.clone(), version: self.version }
+    }
+}
+
+/// What is known about a replica.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replica {
+    /// What the worker is told; a report about another generation is about something else.
+    pub generation: Generation,
+    /// What the worker last said about it.
+    pub state: ReplicaState,
+    /// Why it failed; empty otherwise.
+    pub reason: String,
+    /// The epoch in which it was assigned.
+    pub epoch: Epoch,
+    /// Memory that it takes, as the worker measured it.
+    pub memory_bytes: u64,
+}
+
+/// How far a replica has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReplicaState {
+    /// The worker hasn't said anything about it.
+    Assigned,
+    /// The worker fetches, loads or warms it.
+    Loading,
+    /// It answers.
+    Ready,
+    /// It can't be served there, and isn't tried again until the model is deployed again.
+    Failed,
+}
+
+/// The answers to the last [`REMEMBERED_COMMANDS_MAX`] commands, oldest dropped first.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Remembered {
+    order: VecDeque<CommandId>,
+    outcomes: BTreeMap<CommandId, Outcome>,
+}
+
+impl Remembered {
+    /// The answer that was given to this command.
+    pub fn get(&self, id: &CommandId) -> Option<&Outcome> {
+        self.outcomes.get(id)
+    }
+
+    /// How many are remembered.
+    pub fn len(&self) -> usize {
+        self.order.len()
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.order.is_empty()
+    }
+
+    pub(crate) fn insert(&mut self, id: CommandId, outcome: Outcome) {
+        if self.outcomes.insert(id, outcome).is_none() {
+            self.order.push_back(id);
+        }
+        while self.order.len() > REMEMBERED_COMMANDS_MAX {
+            if let Some(oldest) = self.order.pop_front() {
+                self.outcomes.remove(&oldest);
+            }
+        }
+    }
+}
+
+// Written as a list in order of arrival, so that the bound holds across a snapshot too.
+impl Serialize for Remembered {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeSeq;
+        let mut list = serializer.serialize_seq(Some(self.order.len()))?;
+        for id in &self.order {
+            list.serialize_element(&(id, self.outcomes.get(id)))?;
+        }
+        list.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for Remembered {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let list = Vec::<(CommandId, Option<Outcome>)>::deserialize(deserializer)?;
+        let mut remembered = Self::default();
+        for (id, outcome) in list {
+            let outcome = outcome.ok_or_else(|| serde::de::Error::custom("remembered command without an outcome"))?;
+            remembered.insert(id, outcome);
+        }
+        Ok(remembered)
+    }
+}

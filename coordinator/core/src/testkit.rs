@@ -1,0 +1,133 @@
+//! Small steps that tests tell their stories in. Each one goes through `apply`, as everything does.
+use std::collections::BTreeMap;
+
+use crate::{
+    ClusterState, Command, CommandBody, CommandId, Outcome, WorkerId, apply,
+    command::{Cause, DeploySpec, Registration, ReplicaReport},
+    placement,
+    state::{Device, ReplicaId, ReplicaState},
+};
+
+pub(crate) const MIB: u64 = 1 << 20;
+
+pub(crate) fn w(name: &str) -> WorkerId {
+    name.parse().unwrap()
+}
+
+/// Applies under an id that wasn't used before.
+pub(crate) fn run(state: &mut ClusterState, body: CommandBody) -> Outcome {
+    let id = CommandId((state.remembered.len() as u128).to_be_bytes());
+    assert!(state.remembered.get(&id).is_none(), "tests stay below the bound");
+    apply(state, &Command { id, body }).0
+}
+
+pub(crate) fn registration(name: &str, incarnation: u64) -> Registration {
+    Registration {
+        worker: w(name),
+        incarnation,
+        grpc_address: format!("{name}:1"),
+        http_address: format!("{name}:2"),
+        zone: String::new(),
+        devices: vec![Device { name: "cpu".into(), memory_bytes: 1024 * MIB }],
+    }
+}
+
+pub(crate) fn register(state: &mut ClusterState, name: &str, incarnation: u64) -> Outcome {
+    run(state, CommandBody::RegisterWorker(registration(name, incarnation)))
+}
+
+/// A cluster in which these workers registered, in their first life.
+pub(crate) fn registered(names: &[&str]) -> ClusterState {
+    let mut state = ClusterState::new("test");
+    for name in names {
+        register(&mut state, name, 1);
+    }
+    state
+}
+
+pub(crate) fn spec(name: &str, version: u64, replicas_wanted: u32) -> DeploySpec {
+    DeploySpec {
+        name: name.into(),
+        version,
+        config: format!("{name} {version}").into(),
+        digest: format!("{version:064x}"),
+        size_bytes: 10 * MIB,
+        replicas_wanted,
+        shards: 1,
+        platform: "pytorch_libtorch".into(),
+    }
+}
+
+pub(crate) fn deploy(state: &mut ClusterState, name: &str, version: u64, replicas_wanted: u32) -> Outcome {
+    run(state, CommandBody::Deploy(spec(name, version, replicas_wanted)))
+}
+
+/// A cluster with a model that nobody was given yet.
+pub(crate) fn deployed(workers: &[&str], name: &str, replicas_wanted: u32) -> ClusterState {
+    let mut state = registered(workers);
+    deploy(&mut state, name, 1, replicas_wanted);
+    state
+}
+
+pub(crate) fn plan(state: &ClusterState) -> placement::Plan {
+    placement::plan(state, &placement::Policy::default(), &BTreeMap::new())
+}
+
+/// Plans once and applies it.
+pub(crate) fn place(state: &mut ClusterState) -> Outcome {
+    let plan = plan(state);
+    run(state, CommandBody::Place { epoch_seen: plan.epoch, add: plan.add, remove: plan.remove })
+}
+
+fn report(state: &mut ClusterState, worker: &str, to: ReplicaState, reason: &str) -> Outcome {
+    let id = w(worker);
+    let replicas = state.replicas_on(&id).map(|(id, replica)| ReplicaReport {
+        model: id.model.clone(),
+        version: id.version,
+        shard: id.shard,
+        generation: replica.generation,
+        state: to,
+        reason: reason.into(),
+        memory_bytes: 10 * MIB,
+    });
+    let replicas = replicas.collect();
+    let incarnation = state.workers[&w(worker)].incarnation;
+    run(state, CommandBody::ReportReplicas { worker: w(worker), incarnation, replicas })
+}
+
+/// The worker says that all it has is ready.
+pub(crate) fn ready(state: &mut ClusterState, worker: &str) -> Outcome {
+    report(state, worker, ReplicaState::Ready, "")
+}
+
+/// The worker says that all it has failed.
+pub(crate) fn fail(state: &mut ClusterState, worker: &str, reason: &str) -> Outcome {
+    report(state, worker, ReplicaState::Failed, reason)
+}
+
+/// A cluster with a model that is ready wherever it was placed.
+pub(crate) fn cluster(workers: &[&str], name: &str, replicas_wanted: u32) -> ClusterState {
+    let mut state = deployed(workers, name, replicas_wanted);
+    place(&mut state);
+    for worker in workers {
+        ready(&mut state, worker);
+    }
+    state
+}
+
+pub(crate) fn mark_dead(state: &mut ClusterState, worker: &str, incarnation: u64) -> Outcome {
+    run(state, CommandBody::MarkDead { worker: w(worker), incarnation, cause: Cause::Silence })
+}
+
+pub(crate) fn drain(state: &mut ClusterState, worker: &str, incarnation: u64) -> Outcome {
+    run(state, CommandBody::DrainWorker { worker: w(worker), incarnation })
+}
+
+pub(crate) fn replica(model: &str, version: u64, worker: &str) -> ReplicaId {
+    ReplicaId { model: model.into(), version, shard: 0, worker: w(worker) }
+}
+
+/// Names of the workers that have a replica of the model.
+pub(crate) fn hosts(state: &ClusterState, model: &str) -> Vec<String> {
+    state.replicas.keys().filter(|id| id.model == model).map(|id| id.worker.to_string()).collect()
+}

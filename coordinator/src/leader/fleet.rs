@@ -1,0 +1,128 @@
+//! What workers say about themselves between two agreements: heartbeats.
+//!
+//! Known on the leader only, never in the log, gone with its term. The status reads it; placement takes the memory.
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use cresset_core::{
+    ClusterState, WorkerId,
+    placement::{self, Plan},
+    state::Incarnation,
+};
+use cresset_proto::fleet::v1 as fleet;
+use parking_lot::RwLock;
+
+/// The newest heartbeat of a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Beat {
+    /// The life that sent it.
+    pub incarnation: Incarnation,
+    /// The newest intent that the worker acts on.
+    pub epoch: u64,
+    /// Free memory of its devices, all together.
+    pub memory_free_bytes: u64,
+    /// Requests that it works on or has queued.
+    pub requests_in_flight: u64,
+    /// Requests that it answered in this life.
+    pub requests_total: u64,
+    /// Sequences that it holds.
+    pub sequences_live: u64,
+}
+
+impl Beat {
+    pub(super) fn new(incarnation: Incarnation, heartbeat: &fleet::Heartbeat) -> Self {
+        Self {
+            incarnation,
+            epoch: heartbeat.epoch,
+            memory_free_bytes: heartbeat.memory_free_bytes,
+            requests_in_flight: heartbeat.requests_in_flight,
+            requests_total: heartbeat.requests_total,
+            sequences_live: heartbeat.sequences_live,
+        }
+    }
+}
+
+/// Heartbeats, shared by the sessions that hear them and whoever wants to know. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Fleet(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    policy: placement::Policy,
+    session_last: AtomicU64,
+    /// A lock, since every holder only copies a few numbers.
+    tables: RwLock<Tables>,
+}
+
+#[derive(Debug, Default)]
+struct Tables {
+    beats: BTreeMap<WorkerId, Beat>,
+    /// The stream that speaks for each worker; an older one of the same worker is a leftover.
+    sessions: BTreeMap<WorkerId, u64>,
+}
+
+impl Fleet {
+    /// An empty fleet; `policy` is what [`plan`](Self::plan) goes by.
+    pub fn new(policy: placement::Policy) -> Self {
+        Self(Arc::new(Inner { policy, ..Inner::default() }))
+    }
+
+    /// The newest heartbeat of each worker that has a stream here. Empty unless this coordinator leads.
+    pub fn beats(&self) -> BTreeMap<WorkerId, Beat> {
+        self.0.tables.read().beats.clone()
+    }
+
+    /// The placement plan for a state, by what is known of the workers here. It is what the leader acts on; on other
+    /// coordinators it is a good guess, for the status.
+    pub fn plan(&self, state: &ClusterState) -> Plan {
+        let memory_free_bytes = {
+            let tables = self.0.tables.read();
+            // A past life's memory says nothing about the new one's.
+            let current = tables
+                .beats
+                .iter()
+                .filter(|(id, beat)| state.workers.get(*id).is_some_and(|worker| worker.incarnation == beat.incarnation));
+            current.map(|(id, beat)| (id.clone(), beat.memory_free_bytes)).collect()
+        };
+        placement::plan(state, &self.0.policy, &memory_free_bytes)
+    }
+
+    /// How many workers have a stream here.
+    pub fn sessions(&self) -> usize {
+        self.0.tables.read().sessions.len()
+    }
+
+    /// A new stream speaks for the worker. Returns the stream's number.
+    pub(super) fn enter(&self, worker: &WorkerId) -> u64 {
+        let session = self.0.session_last.fetch_add(1, Ordering::Relaxed) + 1;
+        self.0.tables.write().sessions.insert(worker.clone(), session);
+        session
+    }
+
+    /// Whether this stream still speaks for the worker.
+    pub(super) fn speaks(&self, worker: &WorkerId, session: u64) -> bool {
+        self.0.tables.read().sessions.get(worker) == Some(&session)
+    }
+
+    /// The stream ended. Returns whether it spoke for the worker until now.
+    pub(super) fn leave(&self, worker: &WorkerId, session: u64) -> bool {
+        let mut tables = self.0.tables.write();
+        let spoke = tables.sessions.get(worker) == Some(&session);
+        if spoke {
+            tables.sessions.remove(worker);
+            tables.beats.remove(worker);
+        }
+        spoke
+    }
+
+    /// Keeps a heartbeat. Returns whether the worker's free memory changed.
+    pub(super) fn heard(&self, worker: &WorkerId, beat: Beat) -> bool {
+        let before = self.0.tables.write().beats.insert(worker.clone(), beat);
+        before.is_none_or(|before| before.memory_free_bytes != beat.memory_free_bytes)
+    }
+}

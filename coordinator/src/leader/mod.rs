@@ -1,0 +1,352 @@
+//! What a coordinator does while it leads.
+//!
+//! Every coordinator runs [`Leader`]; it does nothing until consensus says that this one leads, and everything it knows
+//! ends with the term. Three duties, each a pure function of `cresset-core` with a shell around it: judge workers that
+//! fell silent ([`liveness`]), keep the replicas where they should be ([`placement`](cresset_core::placement)), and tell
+//! workers what to run ([`sessions`]). It owns no truth: whatever it decides is a command, and the state may say no.
+//!
+//! Absent: anything on the path of a prediction. With no leader at all, workers and routers go on as they are.
+pub mod cluster;
+pub mod fleet;
+pub mod probe;
+pub mod sessions;
+
+use std::time::Duration;
+
+use cresset_core::{
+    CommandBody, Outcome, WorkerId,
+    command::Cause,
+    liveness::{self, Liveness, Verdict},
+    placement,
+    state::Incarnation,
+};
+use futures::StreamExt;
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+pub use self::{
+    cluster::{Cluster, Role},
+    fleet::{Beat, Fleet},
+    probe::Probe,
+    sessions::Membership,
+};
+use crate::metrics;
+
+/// Events that may wait for the leader's task; more, and the sessions wait.
+const EVENTS_MAX: usize = 1_024;
+/// Moves in one command; the rest of a plan follows when it is applied.
+const MOVES_PER_COMMAND_MAX: usize = 1_000;
+
+/// How the duties are done.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How often workers are asked to say that they live.
+    pub heartbeat_interval_ms: u32,
+    /// How often silence is looked for.
+    pub tick_ms: u64,
+    /// How long a worker whose stream broke may take to answer.
+    pub probe_timeout_ms: u64,
+    /// How long a proposal may take before it is given up; it may be applied nevertheless.
+    pub proposal_timeout_ms: u64,
+    /// How long to wait after a proposal failed.
+    pub retry_ms: u64,
+    /// How long a worker may take to introduce itself, and to take a message.
+    pub session_timeout_ms: u64,
+    /// When silence is death.
+    pub liveness: liveness::Policy,
+    /// Where replicas go.
+    pub placement: placement::Policy,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            heartbeat_interval_ms: 250,
+            tick_ms: 100,
+            probe_timeout_ms: 300,
+            proposal_timeout_ms: 2_000,
+            retry_ms: 250,
+            session_timeout_ms: 5_000,
+            liveness: liveness::Policy::default(),
+            placement: placement::Policy::default(),
+        }
+    }
+}
+
+/// What sessions tell the leader's task.
+#[derive(Debug)]
+enum Event {
+    Registered { worker: WorkerId, incarnation: Incarnation },
+    Heartbeat { worker: WorkerId, incarnation: Incarnation, memory_changed: bool },
+    Lost { worker: WorkerId, incarnation: Incarnation },
+}
+
+/// The task of the leader's duties.
+pub struct Leader<C> {
+    cluster: C,
+    fleet: Fleet,
+    settings: Settings,
+    probe: Probe,
+    events: mpsc::Receiver<Event>,
+    /// Where the clock of liveness begins. Monotonic, so a wall clock that jumps harms nobody.
+    started: Instant,
+}
+
+/// Sets up the duties: the task to [`run`](Leader::run), the service for the peer port, and the heartbeats for the status.
+pub fn new<C: Cluster>(
+    cluster: C,
+    settings: Settings,
+    probe: Probe,
+    shutdown: CancellationToken,
+) -> (Leader<C>, Membership<C>, Fleet) {
+    let fleet = Fleet::new(settings.placement.clone());
+    let (sender, events) = mpsc::channel(EVENTS_MAX);
+    let membership = Membership::new(cluster.clone(), fleet.clone(), settings.clone(), sender, shutdown);
+    let leader = Leader { cluster, fleet: fleet.clone(), settings, probe, events, started: Instant::now() };
+    (leader, membership, fleet)
+}
+
+impl<C: Cluster> Leader<C> {
+    /// Does the duties whenever this coordinator leads, until `shutdown`.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let mut roles = self.cluster.roles();
+        loop {
+            let role = tokio::select! {
+                () = shutdown.cancelled() => return,
+                role = roles.next() => role,
+                // Sessions end with the term too; what they say until then has no listener.
+                Some(_) = self.events.recv() => continue,
+            };
+            let Some(role) = role else { return };
+            if !role.leads {
+                continue;
+            }
+            tracing::info!(term = role.term, "leading");
+            metrics::LEADING.set(1);
+            let term = Term::new(&mut self, role.term);
+            let ended = tokio::select! {
+                () = shutdown.cancelled() => true,
+                () = term.run() => false,
+            };
+            metrics::LEADING.set(0);
+            tracing::info!(term = role.term, "not leading any more");
+            if ended {
+                return;
+            }
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// What a task of a term came back with.
+enum Done {
+    Probed { worker: WorkerId, incarnation: Incarnation, answered: bool },
+    Judged,
+    Placed { changed: bool },
+}
+
+/// One term of leading.
+struct Term<'a, C> {
+    leader: &'a mut Leader<C>,
+    term: u64,
+    liveness: Liveness,
+    tasks: JoinSet<Done>,
+    /// The state or the workers' memory changed since the last plan.
+    plan_due: bool,
+    /// Replicas are missing that more memory could place.
+    short: bool,
+    /// A plan is on its way; the next is made from what it leads to.
+    placing: bool,
+    /// No plan before this: the last one failed.
+    place_after: Instant,
+}
+
+impl<'a, C: Cluster> Term<'a, C> {
+    fn new(leader: &'a mut Leader<C>, term: u64) -> Self {
+        let liveness = Liveness::new(leader.settings.liveness.clone(), leader.now_ms());
+        Self {
+            leader,
+            term,
+            liveness,
+            tasks: JoinSet::new(),
+            plan_due: true,
+            short: false,
+            placing: false,
+            place_after: Instant::now(),
+        }
+    }
+
+    fn holds(&self) -> bool {
+        let role = self.leader.cluster.role();
+        role.leads && role.term == self.term
+    }
+
+    async fn run(mut self) {
+        // Before this, the state may lack what the last leader did.
+        while let Err(error) = self.leader.cluster.catch_up().await {
+            if !self.holds() {
+                return;
+            }
+            tracing::debug!(term = self.term, %error, "not caught up yet");
+            sleep(Duration::from_millis(self.leader.settings.retry_ms)).await;
+        }
+        let mut roles = self.leader.cluster.roles();
+        let mut indexes = self.leader.cluster.indexes();
+        let mut ticks = interval(Duration::from_millis(self.leader.settings.tick_ms.max(1)));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.follow();
+        loop {
+            tokio::select! {
+                role = roles.next() => if role.is_none() || !self.holds() { return },
+                index = indexes.next() => match index {
+                    Some(_) => self.follow(),
+                    None => return,
+                },
+                Some(event) = self.leader.events.recv() => self.on_event(event),
+                Some(done) = self.tasks.join_next(), if !self.tasks.is_empty() => self.on_done(done),
+                _ = ticks.tick() => {
+                    let verdicts = self.liveness.tick(self.leader.now_ms());
+                    self.act(verdicts);
+                }
+            }
+            self.place();
+        }
+    }
+
+    fn follow(&mut self) {
+        let now_ms = self.leader.now_ms();
+        self.leader.cluster.read(|state| self.liveness.follow(state, now_ms));
+        self.plan_due = true;
+    }
+
+    fn on_event(&mut self, event: Event) {
+        let now_ms = self.leader.now_ms();
+        match event {
+            Event::Registered { worker, incarnation } => self.liveness.registered(&worker, incarnation, now_ms),
+            Event::Heartbeat { worker, incarnation, memory_changed } => {
+                self.liveness.heartbeat(&worker, incarnation, now_ms);
+                self.plan_due |= memory_changed && self.short;
+            }
+            Event::Lost { worker, incarnation } => {
+                let verdicts = self.liveness.connection_lost(&worker, incarnation);
+                self.act(verdicts);
+            }
+        }
+    }
+
+    fn on_done(&mut self, done: Result<Done, tokio::task::JoinError>) {
+        match done {
+            Ok(Done::Probed { worker, incarnation, answered: true }) => self.liveness.probe_ok(&worker, incarnation),
+            Ok(Done::Probed { worker, incarnation, answered: false }) => {
+                let verdicts = self.liveness.probe_failed(&worker, incarnation, self.leader.now_ms());
+                self.act(verdicts);
+            }
+            Ok(Done::Judged) => {}
+            Ok(Done::Placed { changed }) => {
+                self.placing = false;
+                self.plan_due = true;
+                if !changed {
+                    self.place_after = Instant::now() + Duration::from_millis(self.leader.settings.retry_ms);
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "a duty's task ended by itself");
+                self.placing = false;
+            }
+        }
+    }
+
+    fn act(&mut self, verdicts: Vec<Verdict>) {
+        for verdict in verdicts {
+            match verdict {
+                Verdict::Probe { worker, incarnation } => self.ask(worker, incarnation),
+                Verdict::Dead { worker, incarnation, cause } => self.judge(worker, incarnation, cause),
+            }
+        }
+    }
+
+    fn ask(&mut self, worker: WorkerId, incarnation: Incarnation) {
+        let address = self.leader.cluster.read(|state| state.workers.get(&worker).map(|known| known.grpc_address.clone()));
+        let Some(address) = address else { return };
+        let answer = (self.leader.probe)(address);
+        self.tasks.spawn(async move {
+            let answered = answer.await;
+            tracing::info!(%worker, incarnation, answered, "probed a worker whose stream broke");
+            Done::Probed { worker, incarnation, answered }
+        });
+    }
+
+    fn judge(&mut self, worker: WorkerId, incarnation: Incarnation, cause: Cause) {
+        let cluster = self.leader.cluster.clone();
+        let limit = Duration::from_millis(self.leader.settings.proposal_timeout_ms);
+        self.tasks.spawn(async move {
+            let body = CommandBody::MarkDead { worker: worker.clone(), incarnation, cause };
+            match timeout(limit, cluster.propose(body)).await {
+                Ok(Ok(Outcome::Rejected(reject))) => tracing::info!(%worker, incarnation, %reject, "a verdict came too late"),
+                Ok(Ok(_)) => {
+                    metrics::DEATHS.with_label_values(&[metrics::cause(cause)]).inc();
+                    tracing::warn!(%worker, incarnation, %cause, "judged a worker dead");
+                }
+                // It is repeated while the worker stays silent.
+                Ok(Err(error)) => tracing::warn!(%worker, incarnation, %error, "a verdict wasn't agreed on"),
+                Err(_) => tracing::warn!(%worker, incarnation, "a verdict wasn't agreed on in time"),
+            }
+            Done::Judged
+        });
+    }
+
+    /// Plans anew if something changed, and proposes what there is to do.
+    fn place(&mut self) {
+        if !self.plan_due || self.placing || Instant::now() < self.place_after {
+            return;
+        }
+        self.plan_due = false;
+        let mut plan = self.leader.cluster.read(|state| self.leader.fleet.plan(state));
+        self.short = !plan.unplaced.is_empty();
+        if plan.is_empty() {
+            return;
+        }
+        plan.add.truncate(MOVES_PER_COMMAND_MAX);
+        plan.remove.truncate(MOVES_PER_COMMAND_MAX - plan.add.len());
+        self.placing = true;
+        let cluster = self.leader.cluster.clone();
+        let limit = Duration::from_millis(self.leader.settings.proposal_timeout_ms);
+        self.tasks.spawn(async move {
+            let (added, removed, epoch_seen) = (plan.add.len(), plan.remove.len(), plan.epoch);
+            let body = CommandBody::Place { epoch_seen, add: plan.add, remove: plan.remove };
+            let changed = match timeout(limit, cluster.propose(body)).await {
+                Ok(Ok(Outcome::Rejected(reject))) => {
+                    tracing::info!(epoch_seen, %reject, "a plan came too late");
+                    false
+                }
+                Ok(Ok(_)) => {
+                    metrics::MOVES.with_label_values(&["add"]).inc_by(added as u64);
+                    metrics::MOVES.with_label_values(&["remove"]).inc_by(removed as u64);
+                    tracing::info!(epoch_seen, added, removed, "placed replicas");
+                    true
+                }
+                Ok(Err(error)) => {
+                    tracing::warn!(epoch_seen, %error, "a plan wasn't agreed on");
+                    false
+                }
+                Err(_) => {
+                    tracing::warn!(epoch_seen, "a plan wasn't agreed on in time");
+                    false
+                }
+            };
+            Done::Placed { changed }
+        });
+    }
+}
+
+#[cfg(test)]
+mod testkit;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,135 @@
+//! A Cresset coordinator: one of three or five that agree by Raft on who runs what, and a public door to the cluster.
+//!
+//! | room | its job |
+//! | --- | --- |
+//! | [`consensus`] | the only place that knows Raft: an ordered, durable log of commands, and the state after it |
+//! | [`leader`] | duties while leading: judge workers, place replicas, tell workers what to run |
+//! | [`gateway`] | predictions for clients of any language: the router of `cresset-client`, fed from the state here |
+//! | [`services`] | gRPC: decode, ask a handle, encode |
+//!
+//! What is agreed on, and how it changes, is `cresset-core`. Predictions never wait for consensus.
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod consensus;
+pub mod gateway;
+pub mod leader;
+pub mod metrics;
+pub mod services;
+
+use std::{sync::Arc, time::Duration};
+
+use cresset_client::{RouterSettings, repository::Repository};
+use cresset_core::{ClusterState, Command, CommandBody, CommandId, PeerId, state::PeerInfo};
+use cresset_proto::{DESCRIPTORS, fleet::v1::membership_service_server::MembershipServiceServer};
+use cresset_runtime::server;
+use tokio::{net::TcpListener, time::Instant};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
+
+use crate::{config::Config, consensus::Consensus, services::Context};
+
+/// How long a coordinator that stops tries to hand over leadership.
+const HAND_OVER: Duration = Duration::from_secs(1);
+/// How long one attempt to announce this coordinator's addresses may take.
+const ANNOUNCE: Duration = Duration::from_secs(5);
+
+/// Why a coordinator can't run, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A port.
+    #[error(transparent)]
+    Server(#[from] server::Error),
+    /// The log, or the settings of consensus.
+    #[error(transparent)]
+    Start(#[from] consensus::StartError),
+    /// The log can't be written any more.
+    #[error("consensus ended: {0}")]
+    Consensus(#[from] consensus::NodeError),
+}
+
+/// The sockets of a coordinator; whoever starts it brings them.
+#[derive(Debug)]
+pub struct Listeners {
+    /// Public: predictions, administration, routes.
+    pub grpc: TcpListener,
+    /// Metrics and health.
+    pub http: TcpListener,
+    /// Other coordinators, and workers.
+    pub peer: TcpListener,
+}
+
+/// Runs a coordinator until `stop` is cancelled; then it hands over leadership, and closes its ports.
+///
+/// # Errors
+/// [`Error`]. After [`Error::Consensus`] the process has to end: its log can't be trusted to take more.
+pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> Result<(), Error> {
+    let (consensus, raft, mut driver) = consensus::start(&config.consensus(), ClusterState::new(&config.cluster_id))?;
+    let closing = CancellationToken::new();
+    let tasks = TaskTracker::new();
+    let settings = leader::Settings::default();
+    let probe = leader::probe::over_grpc(settings.probe_timeout_ms);
+    let (leader, membership, fleet) = leader::new(consensus.clone(), settings, probe, closing.clone());
+    tasks.spawn(leader.run(closing.clone()));
+
+    let info = PeerInfo {
+        grpc_address: config.advertised(&server::address(&listeners.grpc)?),
+        http_address: config.advertised(&server::address(&listeners.http)?),
+        peer_address: config.peers.get(&config.id).cloned().unwrap_or_default(),
+    };
+    tasks.spawn(closing.clone().run_until_cancelled_owned(announce(consensus.clone(), config.id, info)));
+
+    let router = gateway::router(&consensus, RouterSettings::default(), &tasks, &closing);
+    let context = Arc::new(Context::new(config.id, consensus.clone(), fleet, Repository::new(&config.model_repository), closing.clone()));
+    let public = services::routes(&context, router, config.message_bytes_max);
+    let (public, public_health) = server::with_health_and_reflection(public, DESCRIPTORS).await?;
+    let membership = MembershipServiceServer::new(membership);
+    let (peer, peer_health) = server::with_health_and_reflection(Routes::new(raft).add_service(membership), DESCRIPTORS).await?;
+    for health in [&public_health, &peer_health] {
+        health.set_service_status("", server::ServingStatus::Serving).await;
+    }
+    let limits = server::Limits { drain: config.drain, ..server::Limits::default() };
+    let ready = {
+        let raft = consensus.raft();
+        Arc::new(move || raft.borrow().leader.is_some())
+    };
+    tasks.spawn(logged("grpc", server::serve_grpc(listeners.grpc, public, limits, closing.clone())));
+    tasks.spawn(logged("peer", server::serve_grpc(listeners.peer, peer, limits, closing.clone())));
+    tasks.spawn(logged("http", server::serve_http(listeners.http, ready, closing.clone())));
+    tracing::info!(coordinator = %config.id, cluster = config.cluster_id, "started");
+
+    let ended = tokio::select! {
+        () = stop.cancelled() => None,
+        ended = driver.ended() => Some(ended),
+    };
+    if ended.is_none() {
+        public_health.set_service_status("", server::ServingStatus::NotServing).await;
+        consensus.transfer_leadership(Instant::now() + HAND_OVER).await;
+    }
+    closing.cancel();
+    consensus.stop().await;
+    tasks.close();
+    tasks.wait().await;
+    match ended {
+        Some(ended) => ended?,
+        None => driver.ended().await?,
+    }
+    tracing::info!(coordinator = %config.id, "stopped");
+    Ok(())
+}
+
+async fn logged(port: &'static str, server: impl Future<Output = Result<(), server::Error>>) {
+    if let Err(error) = server.await {
+        tracing::error!(port, %error, "a port is closed");
+    }
+}
+
+/// Tells the cluster where this coordinator is, until it knows.
+async fn announce(consensus: Consensus, id: PeerId, info: PeerInfo) {
+    let command = Command { id: CommandId(rand::random()), body: CommandBody::AnnouncePeer { peer: id, info: info.clone() } };
+    while consensus.state().peers.get(&id) != Some(&info) {
+        if let Err(error) = consensus.propose_retrying(&command, Instant::now() + ANNOUNCE).await {
+            tracing::debug!(%error, "this coordinator's addresses aren't known to the cluster yet");
+        }
+    }
+}

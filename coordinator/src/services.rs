@@ -1,0 +1,109 @@
+//! The public gRPC services: decode, ask a handle, encode. Nothing is decided here.
+mod admin;
+mod inference;
+mod routes;
+mod status;
+
+use std::{sync::Arc, time::Duration};
+
+use cresset_client::{
+    Router,
+    repository::{Repository, RepositoryError, StoredModel},
+};
+use cresset_core::{Command, Outcome, PeerId, Reject};
+use cresset_proto::{
+    admin::v1::admin_service_server::AdminServiceServer, fleet::v1::routes_service_server::RoutesServiceServer,
+    inference::grpc_inference_service_server::GrpcInferenceServiceServer, metadata::timeout, reason::Reason,
+};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, codec::CompressionEncoding, metadata::MetadataMap, service::Routes};
+
+use crate::{
+    consensus::{Consensus, ProposeError},
+    leader::Fleet,
+};
+
+/// How long an administrative call without a deadline of its own may take.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest administrative message, in bytes.
+const ADMIN_BYTES_MAX: usize = 64 << 20;
+
+/// What the services ask.
+pub struct Context {
+    id: PeerId,
+    consensus: Consensus,
+    fleet: Fleet,
+    repository: Repository,
+    peers: status::Peers,
+    closing: CancellationToken,
+}
+
+impl Context {
+    /// Handles to everything.
+    pub fn new(id: PeerId, consensus: Consensus, fleet: Fleet, repository: Repository, closing: CancellationToken) -> Self {
+        Self { id, consensus, fleet, repository, peers: status::Peers::default(), closing }
+    }
+
+    /// Reads a model where it may take its time.
+    async fn stored(&self, name: &str, version: Option<u64>) -> Result<StoredModel, Status> {
+        let (repository, name) = (self.repository.clone(), name.to_owned());
+        let read = tokio::task::spawn_blocking(move || repository.read(&name, version)).await;
+        read.map_err(|error| Reason::Internal.status(error.to_string()))?.map_err(|error| repository_status(&error))
+    }
+
+    /// Has a command agreed on; a rejection is an error.
+    async fn agree(&self, command: &Command, deadline: Instant) -> Result<Outcome, Status> {
+        let outcome = self.consensus.propose_retrying(command, deadline).await.map_err(|error| propose_status(&error))?;
+        outcome.accepted().map_err(|reject| reject_status(&reject))
+    }
+}
+
+/// All public services.
+pub fn routes(context: &Arc<Context>, router: Router, message_bytes_max: usize) -> Routes {
+    let inference = inference::Inference { context: Arc::clone(context), router };
+    let inference = GrpcInferenceServiceServer::new(inference)
+        .max_decoding_message_size(message_bytes_max)
+        .max_encoding_message_size(message_bytes_max)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Deflate);
+    let admin = AdminServiceServer::new(admin::Admin { context: Arc::clone(context) })
+        .max_decoding_message_size(ADMIN_BYTES_MAX)
+        .max_encoding_message_size(ADMIN_BYTES_MAX);
+    let watched = RoutesServiceServer::new(routes::RouteWatch { context: Arc::clone(context) })
+        .max_encoding_message_size(ADMIN_BYTES_MAX);
+    Routes::new(inference).add_service(admin).add_service(watched)
+}
+
+/// When the caller of an administrative call stops waiting, a little early so that it hears why.
+fn deadline(metadata: &MetadataMap) -> Instant {
+    let limit = timeout(metadata).map_or(CALL_TIMEOUT, |limit| limit.saturating_sub(limit / 20).min(Duration::from_secs(3600)));
+    Instant::now() + limit
+}
+
+fn propose_status(error: &ProposeError) -> Status {
+    let reason = match error {
+        ProposeError::NotLeader { .. } | ProposeError::Overloaded | ProposeError::Shutdown => Reason::NoLeader,
+        ProposeError::Indeterminate { .. } | ProposeError::Unreachable { .. } => Reason::Indeterminate,
+        ProposeError::TooLarge { .. } => Reason::InvalidArgument,
+    };
+    reason.status(error.to_string())
+}
+
+fn reject_status(reject: &Reject) -> Status {
+    let reason = match reject {
+        Reject::Invalid { .. } => Reason::InvalidArgument,
+        Reject::UnknownWorker { .. } | Reject::UnknownModel { .. } => Reason::UnknownModel,
+        Reject::StaleIncarnation { .. } | Reject::StalePlan { .. } | Reject::TooMany { .. } => Reason::Conflict,
+    };
+    reason.status(reject.to_string())
+}
+
+fn repository_status(error: &RepositoryError) -> Status {
+    let reason = match error {
+        RepositoryError::NoModel(_) | RepositoryError::NoVersion { .. } | RepositoryError::NoVersions(_) => Reason::UnknownModel,
+        RepositoryError::Name(_) | RepositoryError::Pbtxt { .. } | RepositoryError::Config { .. } => Reason::InvalidArgument,
+        RepositoryError::Io { .. } | RepositoryError::Root(_) => Reason::LoadFailed,
+    };
+    reason.status(error.to_string())
+}

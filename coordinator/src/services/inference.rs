@@ -1,0 +1,276 @@
+//! The Open Inference Protocol for the whole cluster, through the router.
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use cresset_client::{CallOptions, ModelRoute, Router, Version};
+use cresset_core::{
+    CommandId,
+    status::{ModelState, models},
+};
+use cresset_proto::{
+    inference::{grpc_inference_service_server::GrpcInferenceService, repository_index_response::ModelIndex, *},
+    model_config::metadata,
+    reason::Reason,
+};
+use cresset_runtime::telemetry::{continue_trace, pass_trace};
+use futures::Stream;
+use tokio::time::{Instant, timeout_at};
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{Instrument, Span};
+
+use super::{Context, deadline};
+
+/// How long a load may take for a caller that gives no deadline.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
+
+pub(super) struct Inference {
+    pub(super) context: Arc<Context>,
+    pub(super) router: Router,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+
+/// For calls that a later version serves.
+fn not_yet<T>(what: &str) -> Answer<T> {
+    Err(Reason::Unsupported.status(format!("{what} is not supported by this server")))
+}
+
+impl Inference {
+    /// What comes with a call, with this process's span as the parent of the worker's.
+    fn options(&self, metadata: &tonic::metadata::MetadataMap, span: &Span) -> CallOptions {
+        let mut options = CallOptions::from_metadata(metadata, Instant::now());
+        // A little before the caller's own clock says so, so that it hears it from us, with the right code.
+        options.deadline = options.deadline.map(|deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            deadline - left / 50
+        });
+        span.in_scope(|| pass_trace(&mut options.metadata));
+        options
+    }
+
+    fn span(&self, model: &str, version: &str, request: &str) -> Span {
+        let (coordinator, epoch) = (self.context.id, self.router.routes().epoch());
+        tracing::info_span!("route", %coordinator, epoch, model, version, request)
+    }
+
+    fn route(&self, name: &str, version: &str) -> Result<Arc<ModelRoute>, Status> {
+        let wanted = match version {
+            "" => Version::Highest,
+            text => Version::Exactly(text.parse().map_err(|_| {
+                let shown: String = text.chars().take(64).collect();
+                Reason::InvalidArgument.status(format!("failed to get model version from specified version string '{shown}' (a number from 1)"))
+            })?),
+        };
+        let routes = self.router.routes();
+        routes.model(name, wanted).cloned().ok_or_else(|| {
+            let text = match wanted {
+                Version::Exactly(version) if routes.has_model(name) => format!("'{name}' version {version}"),
+                _ => format!("'{name}'"),
+            };
+            Reason::UnknownModel.status(format!("Request for unknown model: {text} is not found"))
+        })
+    }
+
+    /// Waits until every wanted replica of a deployment is ready.
+    async fn until_ready(&self, name: &str, deadline: Instant) -> Result<(), Status> {
+        let mut applied = self.context.consensus.applied();
+        loop {
+            let status = {
+                let state = self.context.consensus.state();
+                models(&state, &self.context.fleet.plan(&state)).into_iter().find(|model| model.key.name == name)
+            };
+            match status {
+                None => return Err(Reason::LoadFailed.status(format!("load failed for model '{name}': it was unloaded meanwhile"))),
+                Some(status) if status.state == ModelState::Ready => return Ok(()),
+                Some(status) if status.state == ModelState::Failed => {
+                    return Err(Reason::LoadFailed.status(format!("load failed for model '{name}': {}", status.reason)));
+                }
+                Some(status) => {
+                    let late = |_| Reason::DeadlineExceeded.status(format!("model '{name}' isn't ready yet: {}", status.reason));
+                    let changed = timeout_at(deadline, applied.changed()).await.map_err(late)?;
+                    changed.map_err(|_| Reason::NoLeader.status("this coordinator is shutting down"))?;
+                }
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl GrpcInferenceService for Inference {
+    async fn server_live(&self, _: Request<ServerLiveRequest>) -> Answer<ServerLiveResponse> {
+        Ok(Response::new(ServerLiveResponse { live: true }))
+    }
+
+    async fn server_ready(&self, _: Request<ServerReadyRequest>) -> Answer<ServerReadyResponse> {
+        let ready = self.router.routes().is_received() && !self.context.closing.is_cancelled();
+        Ok(Response::new(ServerReadyResponse { ready }))
+    }
+
+    async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Answer<ModelReadyResponse> {
+        let ModelReadyRequest { name, version } = request.into_inner();
+        let ready = match self.route(&name, &version) {
+            Ok(route) => !route.replicas.is_empty(),
+            Err(status) if Reason::of(&status) == Some(Reason::UnknownModel) => false,
+            Err(status) => return Err(status),
+        };
+        Ok(Response::new(ModelReadyResponse { ready }))
+    }
+
+    async fn server_metadata(&self, _: Request<ServerMetadataRequest>) -> Answer<ServerMetadataResponse> {
+        let extensions = [
+            "sequence",
+            "sequence(string_id)",
+            "model_repository",
+            "model_configuration",
+            "binary_tensor_data",
+            "parameters",
+        ];
+        Ok(Response::new(ServerMetadataResponse {
+            name: "cresset".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            extensions: extensions.map(String::from).to_vec(),
+        }))
+    }
+
+    async fn model_metadata(&self, request: Request<ModelMetadataRequest>) -> Answer<ModelMetadataResponse> {
+        let ModelMetadataRequest { name, version } = request.into_inner();
+        let route = self.route(&name, &version)?;
+        Ok(Response::new(metadata(&route.config, vec![route.version.to_string()])))
+    }
+
+    async fn model_infer(&self, request: Request<ModelInferRequest>) -> Answer<ModelInferResponse> {
+        let message = request.get_ref();
+        let span = self.span(&message.model_name, &message.model_version, &message.id);
+        continue_trace(&span, request.metadata());
+        let options = self.options(request.metadata(), &span);
+        self.router.infer(request.into_inner(), &options).instrument(span).await.map(Response::new)
+    }
+
+    type ModelStreamInferStream = Pin<Box<dyn Stream<Item = Result<ModelStreamInferResponse, Status>> + Send>>;
+
+    async fn model_stream_infer(&self, request: Request<Streaming<ModelInferRequest>>) -> Answer<Self::ModelStreamInferStream> {
+        let span = self.span("", "", "");
+        continue_trace(&span, request.metadata());
+        let options = self.options(request.metadata(), &span);
+        Ok(Response::new(Box::pin(self.router.stream(request.into_inner(), options))))
+    }
+
+    async fn model_config(&self, request: Request<ModelConfigRequest>) -> Answer<ModelConfigResponse> {
+        let ModelConfigRequest { name, version } = request.into_inner();
+        let route = self.route(&name, &version)?;
+        Ok(Response::new(ModelConfigResponse { config: Some(ModelConfig::clone(&route.config)) }))
+    }
+
+    async fn repository_index(&self, request: Request<RepositoryIndexRequest>) -> Answer<RepositoryIndexResponse> {
+        let only_ready = request.into_inner().ready;
+        let repository = self.context.repository.clone();
+        let index = tokio::task::spawn_blocking(move || repository.index()).await;
+        let index = index.map_err(|error| Reason::Internal.status(error.to_string()))?;
+        let index = index.map_err(|error| super::repository_status(&error))?;
+        let state = self.context.consensus.state();
+        let deployed = models(&state, &self.context.fleet.plan(&state));
+        drop(state);
+        let mut models: Vec<ModelIndex> = deployed
+            .iter()
+            .map(|model| {
+                let word = match model.state {
+                    ModelState::Ready | ModelState::Degraded => "READY",
+                    ModelState::Loading => "LOADING",
+                    ModelState::Failed => "UNAVAILABLE",
+                };
+                let version = model.key.version.to_string();
+                ModelIndex { name: model.key.name.clone(), version, state: word.into(), reason: model.reason.clone() }
+            })
+            .collect();
+        for entry in index {
+            if !deployed.iter().any(|model| model.key.name == entry.name) {
+                models.push(ModelIndex { name: entry.name, reason: entry.problem.unwrap_or_default(), ..Default::default() });
+            }
+        }
+        models.retain(|model| !only_ready || model.state == "READY");
+        models.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Response::new(RepositoryIndexResponse { models }))
+    }
+
+    async fn repository_model_load(&self, request: Request<RepositoryModelLoadRequest>) -> Answer<RepositoryModelLoadResponse> {
+        let has_deadline = request.metadata().contains_key("grpc-timeout");
+        let deadline = if has_deadline { deadline(request.metadata()) } else { Instant::now() + LOAD_TIMEOUT };
+        let request = request.into_inner();
+        if let Some(key) = request.parameters.keys().next() {
+            return not_yet(&format!("the parameter '{key}' of RepositoryModelLoad"));
+        }
+        let name = request.model_name;
+        let deployed = self.context.deploy(CommandId(rand::random()), &name, 0, 0, deadline).await;
+        deployed.map_err(|status| match Reason::of(&status) {
+            // Triton's words, and its code.
+            Some(Reason::UnknownModel) => {
+                Reason::LoadFailed.status(format!("failed to load '{name}', failed to poll from model repository: {}", status.message()))
+            }
+            _ => status,
+        })?;
+        self.until_ready(&name, deadline).await?;
+        Ok(Response::new(RepositoryModelLoadResponse {}))
+    }
+
+    async fn repository_model_unload(
+        &self,
+        request: Request<RepositoryModelUnloadRequest>,
+    ) -> Answer<RepositoryModelUnloadResponse> {
+        let deadline = deadline(request.metadata());
+        self.context.undeploy(&request.into_inner().model_name, deadline).await?;
+        Ok(Response::new(RepositoryModelUnloadResponse {}))
+    }
+
+    async fn model_statistics(&self, _: Request<ModelStatisticsRequest>) -> Answer<ModelStatisticsResponse> {
+        not_yet("ModelStatistics")
+    }
+
+    async fn system_shared_memory_status(
+        &self,
+        _: Request<SystemSharedMemoryStatusRequest>,
+    ) -> Answer<SystemSharedMemoryStatusResponse> {
+        not_yet("system shared memory")
+    }
+
+    async fn system_shared_memory_register(
+        &self,
+        _: Request<SystemSharedMemoryRegisterRequest>,
+    ) -> Answer<SystemSharedMemoryRegisterResponse> {
+        not_yet("system shared memory")
+    }
+
+    async fn system_shared_memory_unregister(
+        &self,
+        _: Request<SystemSharedMemoryUnregisterRequest>,
+    ) -> Answer<SystemSharedMemoryUnregisterResponse> {
+        not_yet("system shared memory")
+    }
+
+    async fn cuda_shared_memory_status(
+        &self,
+        _: Request<CudaSharedMemoryStatusRequest>,
+    ) -> Answer<CudaSharedMemoryStatusResponse> {
+        not_yet("CUDA shared memory")
+    }
+
+    async fn cuda_shared_memory_register(
+        &self,
+        _: Request<CudaSharedMemoryRegisterRequest>,
+    ) -> Answer<CudaSharedMemoryRegisterResponse> {
+        not_yet("CUDA shared memory")
+    }
+
+    async fn cuda_shared_memory_unregister(
+        &self,
+        _: Request<CudaSharedMemoryUnregisterRequest>,
+    ) -> Answer<CudaSharedMemoryUnregisterResponse> {
+        not_yet("CUDA shared memory")
+    }
+
+    async fn trace_setting(&self, _: Request<TraceSettingRequest>) -> Answer<TraceSettingResponse> {
+        not_yet("TraceSetting")
+    }
+
+    async fn log_settings(&self, _: Request<LogSettingsRequest>) -> Answer<LogSettingsResponse> {
+        not_yet("LogSettings")
+    }
+}

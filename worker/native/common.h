@@ -1,0 +1,98 @@
+// What the shim's files share: errors across the C boundary, and the handles' insides.
+#pragma once
+
+#include <torch/csrc/jit/api/module.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "engine.h"
+
+namespace crst {
+
+using c10::IValue;
+using torch::jit::Module;
+using ObjectPtr = c10::intrusive_ptr<c10::ivalue::Object>;
+
+// A refusal of the shim itself, with its code.
+struct Refusal {
+  int32_t code;
+  std::string text;
+};
+
+char* copy_out(const char* data, size_t length);
+// Stores the exception that is being handled; returns its code.
+int32_t store_current(crst_error* error) noexcept;
+
+template <typename F>
+int32_t guarded(crst_error* error, F&& body) noexcept {
+  try {
+    body();
+    return CRST_OK;
+  } catch (...) {
+    return store_current(error);
+  }
+}
+
+// Where the arguments of forward come from.
+struct Plan {
+  struct Argument {
+    int32_t kind;
+    size_t input;
+    IValue value;
+  };
+  std::vector<Argument> arguments;
+  std::vector<std::string> names;
+  size_t inputs = 0;
+};
+
+// The module as it was loaded, never run, and what a copy of it needs to know.
+struct Pristine {
+  Module module;
+  at::Device device = at::kCPU;
+  std::vector<IValue> shared;        // weights and opaque constants: every copy uses these very objects
+  std::vector<at::Tensor> copied;    // all other tensors: every copy has its own
+  std::vector<at::Tensor> weights;   // the tensors among `shared`
+  uint64_t weight_versions = 0;      // sum of their versions at load: grows when one is written in place
+  uint64_t bytes = 0;
+  uint64_t fingerprint = 0;
+};
+
+// An instance that can be called.
+struct Instance {
+  Module module;
+  torch::jit::Method forward;
+
+  explicit Instance(Module copy) : module(std::move(copy)), forward(module.get_method("forward")) {}
+};
+
+std::shared_ptr<const Pristine> make_pristine(const Module& loaded, at::Device device);
+Module copy_of(const Pristine& pristine);
+bool weights_were_written(const Pristine& pristine);
+
+std::string save_state(const Module& module, const Pristine& pristine);
+// A new copy of the pristine module with the saved state in it.
+Module restore_state(const Pristine& pristine, const uint8_t* data, size_t length);
+
+crst_results* run(Instance& instance, const Plan& plan, at::Device device, const crst_input* inputs, size_t count);
+
+}  // namespace crst
+
+struct crst_module {
+  std::shared_ptr<const crst::Pristine> pristine;
+  std::shared_ptr<const crst::Plan> plan;
+  std::optional<crst::Instance> instance;  // made at the first stateless call
+};
+
+struct crst_sequence {
+  std::shared_ptr<const crst::Pristine> pristine;
+  std::shared_ptr<const crst::Plan> plan;
+  crst::Instance instance;
+};

@@ -1,0 +1,132 @@
+// The C interface of the worker's shim over libtorch.
+//
+// Why a shim: the Rust bindings hide a loaded module's signature, its attributes and its methods,
+// and Cresset needs all three (to bind arguments by name, to copy a stateful module per sequence,
+// to move a sequence's state between workers). What is absent: policy. Which configuration input
+// feeds which argument, what a message should say, when to run what, is decided in Rust.
+//
+// Rules of this interface:
+// - no C++ exception leaves a function: each fallible function returns a CRST_* code and, when that
+//   is not CRST_OK, fills `error` with a text that the caller frees with crst_free;
+// - pointers given in are borrowed for the call only; handles given out are freed by their *_free;
+// - a handle may move between threads, but is used by one thread at a time.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+  CRST_OK = 0,
+  CRST_FAILED = 1,          // libtorch refused; the text is what it said, whole
+  CRST_OUT_OF_MEMORY = 2,
+  CRST_RAISED = 3,          // the module itself raised; the text is "Class: message" or a message
+  CRST_NOT_CHECKPOINTABLE = 4,
+  CRST_BAD_CHECKPOINT = 5,
+};
+
+typedef struct crst_error {
+  char* text;
+  size_t length;
+} crst_error;
+
+typedef struct crst_slice {
+  const uint8_t* data;
+  size_t length;
+} crst_slice;
+
+// A loaded module that has never run, and the copy of it that answers stateless requests.
+typedef struct crst_module crst_module;
+// A copy of a module with a state of its own; the weights are those of its crst_module.
+typedef struct crst_sequence crst_sequence;
+// What a call returned, in order.
+typedef struct crst_results crst_results;
+// One returned tensor, kept alive while its bytes are in use.
+typedef struct crst_tensor crst_tensor;
+
+// Where an argument's value comes from.
+enum {
+  CRST_ARG_INPUT = 0,    // the input tensor number `integer`
+  CRST_ARG_DEFAULT = 1,  // the default in the module's signature
+  CRST_ARG_INT = 2,
+  CRST_ARG_FLOAT = 3,
+  CRST_ARG_BOOL = 4,
+  CRST_ARG_TEXT = 5,
+  CRST_ARG_DICT = 6,     // all input tensors, as Dict[str, Tensor]
+};
+
+typedef struct crst_argument {
+  int32_t kind;
+  int64_t integer;
+  double real;
+  crst_slice text;
+} crst_argument;
+
+typedef struct crst_input {
+  int32_t scalar_type;  // c10::ScalarType
+  const int64_t* shape;
+  size_t rank;
+  const crst_slice* parts;  // laid one after the other they are the whole tensor, row-major
+  size_t part_count;
+} crst_input;
+
+typedef struct crst_view {
+  int32_t scalar_type;  // c10::ScalarType, or -1 for a value that is not a tensor
+  const int64_t* shape;
+  size_t rank;
+  const uint8_t* data;
+  size_t length;
+  crst_slice name;  // the key in a Dict[str, Tensor], or empty; for scalar_type -1 the type's name
+} crst_view;
+
+void crst_free(char* text);
+
+// Threads of the whole process; `inter` can be set once only, later values are ignored.
+int32_t crst_set_threads(int32_t intra, int32_t inter, crst_error* error);
+
+// Opens libtorch_cuda.so. It has to come before anything else that asks libtorch for a GPU.
+int32_t crst_cuda_load(const char* path, int32_t* devices, crst_error* error);
+int32_t crst_cuda_memory(int32_t ordinal, uint64_t* free_bytes, uint64_t* total_bytes, crst_error* error);
+
+// `cuda` is the ordinal of the GPU, or -1 for the CPU.
+int32_t crst_module_load(const char* path, int32_t cuda, crst_module** out, crst_error* error);
+void crst_module_free(crst_module* module);
+// One line per argument of forward, "arg\tNAME\tKIND\tTYPE\tHAS_DEFAULT" with a KIND of
+// tensor|int|float|bool|str|dict|other and HAS_DEFAULT of 0|1; then "ret\t\t\tTYPE\t0".
+int32_t crst_module_signature(crst_module* module, char** text, size_t* length, crst_error* error);
+// Says where each argument of forward comes from, in the signature's order; `names` are the keys of
+// the inputs for CRST_ARG_DICT.
+int32_t crst_module_bind(crst_module* module, const crst_argument* arguments, size_t count,
+                         const crst_slice* names, size_t name_count, crst_error* error);
+uint64_t crst_module_bytes(const crst_module* module);
+// A hash of the names and types of all attributes: two modules with the same one can exchange checkpoints.
+uint64_t crst_module_fingerprint(const crst_module* module);
+int32_t crst_module_forward(crst_module* module, const crst_input* inputs, size_t count,
+                            crst_results** out, crst_error* error);
+
+int32_t crst_sequence_open(crst_module* module, crst_sequence** out, crst_error* error);
+void crst_sequence_free(crst_sequence* sequence);
+int32_t crst_sequence_step(crst_sequence* sequence, const crst_input* inputs, size_t count,
+                           crst_results** out, crst_error* error);
+int32_t crst_sequence_checkpoint(crst_sequence* sequence, char** data, size_t* length, crst_error* error);
+// All or nothing: after an error the sequence is as it was.
+int32_t crst_sequence_restore(crst_sequence* sequence, const uint8_t* data, size_t length, crst_error* error);
+
+size_t crst_results_count(const crst_results* results);
+void crst_results_view(const crst_results* results, size_t index, crst_view* view);
+// The tensor of `index`, whose data pointer stays the one that the view gave.
+crst_tensor* crst_results_take(crst_results* results, size_t index);
+void crst_results_free(crst_results* results);
+void crst_tensor_free(crst_tensor* tensor);
+
+// For tests only: writes a module made of TorchScript source. Each attribute is a name, a type and
+// an expression, all in TorchScript; `parameters` marks those (tensors) that are weights.
+int32_t crst_testing_save(const char* source, const crst_slice* attributes, const uint8_t* parameters,
+                          size_t attribute_count, const char* path, crst_error* error);
+
+#ifdef __cplusplus
+}
+#endif

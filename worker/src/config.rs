@@ -1,0 +1,188 @@
+//! The worker's settings.
+use std::{path::PathBuf, time::Duration};
+
+use cresset_proto::ids::WorkerId;
+use cresset_runtime::{
+    server::MESSAGE_BYTES_MAX,
+    settings::{Problems, Program, Setting, Settings},
+};
+
+use crate::queue::Bounds;
+
+macro_rules! setting {
+    ($name:literal, $default:expr, $value:literal, $help:literal) => {
+        Setting { name: $name, default: $default, value_name: $value, help: $help }
+    };
+}
+
+/// The program and all its settings.
+pub const PROGRAM: Program = Program {
+    name: "cresset-worker",
+    about: "A Cresset worker: runs PyTorch models and answers predictions and streams",
+    version: env!("CARGO_PKG_VERSION"),
+    settings: &[
+        setting!("id", None, "ID", "This worker's name in the cluster, as in w1"),
+        setting!(
+            "grpc",
+            Some("127.0.0.1:8031"),
+            "HOST:PORT",
+            "Where predictions are answered; others must reach it by this address"
+        ),
+        setting!("http", Some("127.0.0.1:8032"), "HOST:PORT", "Where /metrics, /healthz and /readyz are"),
+        setting!("coordinators", None, "LIST", "Peer addresses of the coordinators, HOST:PORT, separated by commas"),
+        setting!("model-repository", None, "DIR", "The model repository's folder"),
+        setting!("device", Some("auto"), "auto|cpu|cuda", "What to run models on"),
+        setting!("zone", Some(""), "NAME", "The failure zone, such as a rack or an availability zone"),
+        setting!("memory-mib", Some("0"), "MIB", "Memory that models may take on the cpu; 0: all of the machine's"),
+        setting!("intra-op-threads", Some("0"), "N", "Threads inside one operation of libtorch; 0: one for each core"),
+        setting!("queue-requests-max", Some("4096"), "N", "Requests that may wait for one model"),
+        setting!("queue-mib-max", Some("512"), "MIB", "Input bytes that may wait for one model"),
+        setting!("message-mib-max", Some("2047"), "MIB", "The largest message that is taken or sent"),
+        setting!("drain-ms", Some("5000"), "MS", "How long open calls may go on after a stop was asked for"),
+        setting!("log", Some("info"), "FILTER", "What is logged, as in info,cresset_worker=debug"),
+        setting!("exit-with-parent", None, "PID", "Die when this parent process dies"),
+    ],
+};
+
+/// What models run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// GPUs if there are any, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// GPUs, or don't start.
+    Cuda,
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda),
+            _ => Err("it must be auto, cpu or cuda"),
+        }
+    }
+}
+
+/// The settings, read and checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// This worker's name.
+    pub id: WorkerId,
+    /// Where predictions are answered.
+    pub grpc: String,
+    /// Where metrics and health are.
+    pub http: String,
+    /// Peer addresses of the coordinators.
+    pub coordinators: Vec<String>,
+    /// The model repository's folder.
+    pub model_repository: PathBuf,
+    /// What to run models on.
+    pub device: DeviceChoice,
+    /// The failure zone.
+    pub zone: String,
+    /// Memory that models may take on the CPU, in bytes; `None`: all of the machine's.
+    pub memory_bytes: Option<u64>,
+    /// Threads inside one operation.
+    pub intra_op_threads: u16,
+    /// Bounds of each model's queue.
+    pub bounds: Bounds,
+    /// The largest message, in bytes.
+    pub message_bytes_max: usize,
+    /// How long open calls may go on at the end.
+    pub drain: Duration,
+    /// The log filter.
+    pub log: String,
+    /// The parent to die with.
+    pub exit_with_parent: Option<i32>,
+}
+
+impl Config {
+    /// Reads and checks the settings.
+    ///
+    /// # Errors
+    /// Every problem at once.
+    pub fn read(mut settings: Settings) -> Result<Self, Problems> {
+        let id = settings.required::<String>("id");
+        let worker_id = id.parse::<WorkerId>();
+        if let (Err(error), false) = (&worker_id, id.is_empty()) {
+            settings.problem("id", error.to_string());
+        }
+        let coordinators: Vec<String> = settings.list("coordinators");
+        if coordinators.is_empty() {
+            settings.problem("coordinators", "is required: at least one peer address of a coordinator, as in 127.0.0.1:8003");
+        }
+        let model_repository: PathBuf = settings.required("model-repository");
+        if !model_repository.as_os_str().is_empty() && !model_repository.is_dir() {
+            settings.problem("model-repository", format!("'{}' is not a folder", model_repository.display()));
+        }
+        let mib = |settings: &mut Settings, name: &'static str, max: usize| {
+            let mib: usize = settings.required(name);
+            mib.checked_mul(1 << 20).unwrap_or(max).min(max)
+        };
+        let message_bytes_max = mib(&mut settings, "message-mib-max", MESSAGE_BYTES_MAX);
+        let memory_bytes = mib(&mut settings, "memory-mib", usize::MAX) as u64;
+        let bounds = Bounds {
+            requests_max: settings.required("queue-requests-max"),
+            bytes_max: mib(&mut settings, "queue-mib-max", usize::MAX),
+        };
+        for (name, value) in [("queue-requests-max", bounds.requests_max), ("message-mib-max", message_bytes_max)] {
+            if value == 0 {
+                settings.problem(name, "must be at least 1");
+            }
+        }
+        let config = Self {
+            // A wrong id was noted above, and `finish` below refuses the configuration for it.
+            id: worker_id.or_else(|_| "unnamed".parse()).map_err(|_| Problems(vec![]))?,
+            grpc: settings.required("grpc"),
+            http: settings.required("http"),
+            coordinators,
+            model_repository,
+            device: settings.required("device"),
+            zone: settings.optional("zone").unwrap_or_default(),
+            memory_bytes: (memory_bytes > 0).then_some(memory_bytes),
+            intra_op_threads: settings.required("intra-op-threads"),
+            bounds,
+            message_bytes_max,
+            drain: Duration::from_millis(settings.required("drain-ms")),
+            log: settings.required("log"),
+            exit_with_parent: settings.optional("exit-with-parent"),
+        };
+        settings.finish()?;
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cresset_runtime::settings::Invocation;
+
+    use super::*;
+
+    fn read(args: &[&str]) -> Result<Config, Problems> {
+        match PROGRAM.invoke_with(std::iter::once("cresset-worker").chain(args.iter().copied()).map(Into::into)) {
+            Invocation::Run(settings) => Config::read(settings),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_full_command_line_is_read() {
+        let config =
+            read(&["--id", "w1", "--coordinators", "127.0.0.1:1,127.0.0.1:2", "--model-repository", ".", "--device", "cpu"]);
+        let config = config.unwrap();
+        assert_eq!((config.coordinators.len(), config.device, config.memory_bytes), (2, DeviceChoice::Cpu, None));
+    }
+
+    #[test]
+    fn every_problem_is_named() {
+        let text = read(&["--id", "a/b", "--device", "tpu", "--queue-requests-max", "0"]).unwrap_err().to_string();
+        for name in ["id:", "coordinators:", "model-repository:", "device:", "queue-requests-max:"] {
+            assert!(text.contains(&format!("config: {name}")), "{name} in {text}");
+        }
+    }
+}

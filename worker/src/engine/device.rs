@@ -1,0 +1,416 @@
+//! The one thread that runs everything on a device.
+//!
+//! Jobs reach it through a channel of depth one: while one runs, the next is ready, and whoever has a
+//! third waits for a [`Slot`]. So a batch is cut as late as possible, when its slot is there. Loading
+//! happens on the caller's thread and freeing on a thread of its own: neither holds up a job.
+//!
+//! Absent on purpose: queues, priorities and deadlines, which belong to whoever waits for the slot.
+
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::{Device, EngineError, InputParts, Model, OutputTensor, SequenceModel, Signature, short_message};
+
+/// Jobs that are ready while one runs.
+const READY_JOBS_MAX: usize = 1;
+/// Deeply nested modules recurse; the default of 2 MiB is a page fault away from the end.
+const STACK_BYTES: usize = 16 << 20;
+
+/// A job returns the reason if the device is lost after it.
+type Job = Box<dyn FnOnce() -> Option<String> + Send>;
+
+/// Whether a device can be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceHealth {
+    /// It takes jobs.
+    Ready,
+    /// It refuses all further jobs, for this reason, until the process is started again.
+    Lost(String),
+}
+
+/// A handle to a device's thread; clones are handles to the same one. The thread ends when the last
+/// handle, and the last model placed on it, is dropped.
+#[derive(Clone)]
+pub struct DeviceThread {
+    device: Device,
+    jobs: mpsc::Sender<Job>,
+    health: watch::Receiver<DeviceHealth>,
+    clock: Arc<Clock>,
+}
+
+impl std::fmt::Debug for DeviceThread {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DeviceThread").field("device", &self.device).finish_non_exhaustive()
+    }
+}
+
+impl DeviceThread {
+    /// Starts the thread of a device.
+    ///
+    /// # Errors
+    /// What the system says when it has no thread left.
+    pub fn spawn(device: Device) -> std::io::Result<Self> {
+        let (jobs, inbox) = mpsc::channel(READY_JOBS_MAX);
+        let (health_out, health) = watch::channel(DeviceHealth::Ready);
+        let clock = Arc::new(Clock::new());
+        let theirs = Arc::clone(&clock);
+        std::thread::Builder::new()
+            .name(format!("engine-{device}"))
+            .stack_size(STACK_BYTES)
+            .spawn(move || serve(inbox, &health_out, &theirs))?;
+        Ok(Self { device, jobs, health, clock })
+    }
+
+    /// The device.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The device's health, now and when it changes.
+    pub fn health(&self) -> watch::Receiver<DeviceHealth> {
+        self.health.clone()
+    }
+
+    /// How long the job that runs now has been running; `None` if the device is idle. A job that runs
+    /// for minutes is a device that hangs: nothing can stop it, but somebody should be told.
+    pub fn busy_for(&self) -> Option<Duration> {
+        self.clock.busy_for()
+    }
+
+    /// How long jobs have run since the start, all of them together, without the one that runs now.
+    pub fn busy_total(&self) -> Duration {
+        Duration::from_micros(self.clock.total_us.load(Ordering::Relaxed))
+    }
+
+    /// Puts a loaded model in this thread's care.
+    pub fn place(&self, model: Box<dyn Model>) -> PlacedModel {
+        let (memory_bytes, signature) = (model.memory_bytes(), model.signature().clone());
+        PlacedModel {
+            thread: self.clone(),
+            model: Arc::new(Kept::new(model)),
+            facts: Arc::new(Facts { memory_bytes, signature }),
+        }
+    }
+
+    /// Waits until the device can take a job. First come, first served.
+    ///
+    /// # Errors
+    /// [`EngineError::DeviceLost`].
+    pub async fn slot(&self) -> Result<Slot, EngineError> {
+        let permit = self.jobs.clone().reserve_owned().await.map_err(|_| self.lost())?;
+        if let DeviceHealth::Lost(why) = &*self.health.borrow() {
+            return Err(EngineError::DeviceLost(why.clone()));
+        }
+        Ok(Slot { permit, health: self.health.clone() })
+    }
+
+    fn lost(&self) -> EngineError {
+        lost(&self.health)
+    }
+}
+
+fn lost(health: &watch::Receiver<DeviceHealth>) -> EngineError {
+    match &*health.borrow() {
+        DeviceHealth::Lost(why) => EngineError::DeviceLost(why.clone()),
+        DeviceHealth::Ready => EngineError::DeviceLost("its thread has ended".into()),
+    }
+}
+
+/// The thread's loop. After the device is lost, jobs are dropped unrun, which their callers notice.
+fn serve(mut inbox: mpsc::Receiver<Job>, health: &watch::Sender<DeviceHealth>, clock: &Clock) {
+    while let Some(job) = inbox.blocking_recv() {
+        if *health.borrow() != DeviceHealth::Ready {
+            continue;
+        }
+        clock.start();
+        // A job that panics leaves only its own model in doubt, but a panic here is a bug of ours or a
+        // device gone mad: either way this device's answers are not to be trusted any more.
+        let verdict = catch_unwind(AssertUnwindSafe(job)).unwrap_or_else(|panic| Some(panic_message(&*panic)));
+        clock.stop();
+        if let Some(why) = verdict {
+            health.send_replace(DeviceHealth::Lost(why));
+        }
+    }
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("of an unknown kind");
+    short_message(&format!("a job panicked: {text}"))
+}
+
+/// Room for one job on a device. Dropping it unused gives the room to the next in line.
+pub struct Slot {
+    permit: mpsc::OwnedPermit<Job>,
+    health: watch::Receiver<DeviceHealth>,
+}
+
+impl Slot {
+    /// As [`Model::infer`]. If the answer is dropped before the job begins, it is not run.
+    pub fn infer(self, model: &PlacedModel, inputs: Vec<InputParts>) -> Answer<Vec<OutputTensor>> {
+        let kept = Arc::clone(&model.model);
+        self.submit(IfAbandoned::Skip, move || kept.with(|model| model.infer(&inputs)))
+    }
+
+    /// As [`Model::open_sequence`].
+    pub fn open_sequence(self, model: &PlacedModel) -> Answer<PlacedSequence> {
+        let (kept, thread) = (Arc::clone(&model.model), model.thread.clone());
+        self.submit(IfAbandoned::Skip, move || {
+            let sequence = kept.with(|model| model.open_sequence())?;
+            Ok(PlacedSequence { thread, sequence: Arc::new(Kept::new(sequence)) })
+        })
+    }
+
+    /// As [`SequenceModel::step`]. It runs even if the answer is dropped: the sequence's next step
+    /// has to find this one done.
+    pub fn step(self, sequence: &PlacedSequence, inputs: Vec<InputParts>) -> Answer<Vec<OutputTensor>> {
+        let kept = Arc::clone(&sequence.sequence);
+        self.submit(IfAbandoned::Run, move || kept.with(|sequence| sequence.step(&inputs)))
+    }
+
+    /// [`SequenceModel::step`], then [`SequenceModel::checkpoint`] if the step succeeded, in one job.
+    pub fn step_and_checkpoint(self, sequence: &PlacedSequence, inputs: Vec<InputParts>) -> Answer<SteppedAndSaved> {
+        let kept = Arc::clone(&sequence.sequence);
+        self.submit(IfAbandoned::Run, move || {
+            kept.with(|sequence| {
+                let outputs = sequence.step(&inputs)?;
+                Ok(SteppedAndSaved { outputs, checkpoint: sequence.checkpoint() })
+            })
+        })
+    }
+
+    /// As [`SequenceModel::checkpoint`].
+    pub fn checkpoint(self, sequence: &PlacedSequence) -> Answer<Bytes> {
+        let kept = Arc::clone(&sequence.sequence);
+        self.submit(IfAbandoned::Skip, move || kept.with(|sequence| sequence.checkpoint()))
+    }
+
+    /// As [`SequenceModel::restore`].
+    pub fn restore(self, sequence: &PlacedSequence, checkpoint: Bytes) -> Answer<()> {
+        let kept = Arc::clone(&sequence.sequence);
+        self.submit(IfAbandoned::Run, move || kept.with(|sequence| sequence.restore(&checkpoint)))
+    }
+
+    fn submit<T: Send + 'static>(
+        self,
+        abandoned: IfAbandoned,
+        run: impl FnOnce() -> Result<T, EngineError> + Send + 'static,
+    ) -> Answer<T> {
+        let (answer, receiver) = oneshot::channel();
+        self.permit.send(Box::new(move || {
+            if abandoned == IfAbandoned::Skip && answer.is_closed() {
+                return None;
+            }
+            let result = run();
+            let lost = match &result {
+                Err(EngineError::DeviceLost(why)) => Some(why.clone()),
+                _ => None,
+            };
+            // Nobody may be waiting any more, and that is fine.
+            let _ = answer.send(result);
+            lost
+        }));
+        Answer { receiver, health: self.health }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum IfAbandoned {
+    Skip,
+    Run,
+}
+
+/// What [`Slot::step_and_checkpoint`] gives.
+#[derive(Debug)]
+pub struct SteppedAndSaved {
+    /// The outputs of the step.
+    pub outputs: Vec<OutputTensor>,
+    /// The state after it; an error here leaves the step valid.
+    pub checkpoint: Result<Bytes, EngineError>,
+}
+
+/// The answer of a job that has been handed to the device.
+#[must_use = "an answer that is dropped abandons its job"]
+pub struct Answer<T> {
+    receiver: oneshot::Receiver<Result<T, EngineError>>,
+    health: watch::Receiver<DeviceHealth>,
+}
+
+impl<T> Future for Answer<T> {
+    type Output = Result<T, EngineError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.receiver).poll(context).map(|received| match received {
+            Ok(result) => result,
+            // The job was dropped: it panicked, or the device was lost before its turn.
+            Err(_) => Err(lost(&self.health)),
+        })
+    }
+}
+
+/// A model that runs on a device's thread. Clones are the same model; the last one frees it.
+#[derive(Clone)]
+pub struct PlacedModel {
+    thread: DeviceThread,
+    model: Arc<Kept<dyn Model>>,
+    facts: Arc<Facts>,
+}
+
+struct Facts {
+    memory_bytes: u64,
+    signature: Signature,
+}
+
+impl PlacedModel {
+    /// The thread that runs it.
+    pub fn thread(&self) -> &DeviceThread {
+        &self.thread
+    }
+
+    /// As [`Model::memory_bytes`].
+    pub fn memory_bytes(&self) -> u64 {
+        self.facts.memory_bytes
+    }
+
+    /// As [`Model::signature`].
+    pub fn signature(&self) -> &Signature {
+        &self.facts.signature
+    }
+
+    /// Waits for a slot and runs the model in it.
+    ///
+    /// # Errors
+    /// As [`Model::infer`].
+    pub async fn infer(&self, inputs: Vec<InputParts>) -> Result<Vec<OutputTensor>, EngineError> {
+        self.thread.slot().await?.infer(self, inputs).await
+    }
+
+    /// Waits for a slot and opens a sequence in it.
+    ///
+    /// # Errors
+    /// As [`Model::open_sequence`].
+    pub async fn open_sequence(&self) -> Result<PlacedSequence, EngineError> {
+        self.thread.slot().await?.open_sequence(self).await
+    }
+}
+
+/// A sequence that runs on its model's thread. Its calls have to be made in turn. Dropping it frees it.
+pub struct PlacedSequence {
+    thread: DeviceThread,
+    sequence: Arc<Kept<dyn SequenceModel>>,
+}
+
+impl PlacedSequence {
+    /// The thread that runs it.
+    pub fn thread(&self) -> &DeviceThread {
+        &self.thread
+    }
+
+    /// Waits for a slot and runs the next step in it.
+    ///
+    /// # Errors
+    /// As [`SequenceModel::step`].
+    pub async fn step(&self, inputs: Vec<InputParts>) -> Result<Vec<OutputTensor>, EngineError> {
+        self.thread.slot().await?.step(self, inputs).await
+    }
+
+    /// Waits for a slot and saves the state in it.
+    ///
+    /// # Errors
+    /// As [`SequenceModel::checkpoint`].
+    pub async fn checkpoint(&self) -> Result<Bytes, EngineError> {
+        self.thread.slot().await?.checkpoint(self).await
+    }
+
+    /// Waits for a slot and puts the sequence into a saved state in it.
+    ///
+    /// # Errors
+    /// As [`SequenceModel::restore`].
+    pub async fn restore(&self, checkpoint: Bytes) -> Result<(), EngineError> {
+        self.thread.slot().await?.restore(self, checkpoint).await
+    }
+}
+
+/// Something that only jobs touch and that is freed on the thread for freeing. The lock is never
+/// waited for: jobs run one after the other.
+struct Kept<T: ?Sized + Send + 'static>(Option<Mutex<Box<T>>>);
+
+impl<T: ?Sized + Send + 'static> Kept<T> {
+    fn new(value: Box<T>) -> Self {
+        Self(Some(Mutex::new(value)))
+    }
+
+    fn with<R>(&self, use_it: impl FnOnce(&mut T) -> Result<R, EngineError>) -> Result<R, EngineError> {
+        match &self.0 {
+            Some(value) => use_it(&mut value.lock()),
+            None => Err(EngineError::Failed("the model is being freed".into())),
+        }
+    }
+}
+
+impl<T: ?Sized + Send + 'static> Drop for Kept<T> {
+    fn drop(&mut self) {
+        if let Some(value) = self.0.take() {
+            free(Box::new(value));
+        }
+    }
+}
+
+/// Frees something on the thread for it: giving a large model's memory back takes milliseconds.
+fn free(garbage: Box<dyn Send>) {
+    type Garbage = Mutex<std::sync::mpsc::Sender<Box<dyn Send>>>;
+    static FREER: OnceLock<Option<Garbage>> = OnceLock::new();
+    let freer = FREER.get_or_init(|| {
+        let (sender, receiver) = std::sync::mpsc::channel::<Box<dyn Send>>();
+        let thread = std::thread::Builder::new().name("engine-free".into()).spawn(move || receiver.into_iter().for_each(drop));
+        thread.is_ok().then(|| Mutex::new(sender))
+    });
+    if let Some(freer) = freer {
+        // If that thread is gone, the error gives the garbage back and it is freed right here.
+        drop(freer.lock().send(garbage));
+    }
+}
+
+/// When the running job began, and what all earlier ones took.
+struct Clock {
+    origin: Instant,
+    /// Microseconds from `origin` plus one; zero while idle.
+    started_us: AtomicU64,
+    total_us: AtomicU64,
+}
+
+impl Clock {
+    fn new() -> Self {
+        Self { origin: Instant::now(), started_us: AtomicU64::new(0), total_us: AtomicU64::new(0) }
+    }
+
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.origin.elapsed().as_micros()).unwrap_or(u64::MAX - 1) + 1
+    }
+
+    fn start(&self) {
+        self.started_us.store(self.now_us(), Ordering::Relaxed);
+    }
+
+    fn stop(&self) {
+        let took = self.now_us().saturating_sub(self.started_us.swap(0, Ordering::Relaxed));
+        self.total_us.fetch_add(took, Ordering::Relaxed);
+    }
+
+    fn busy_for(&self) -> Option<Duration> {
+        let started = self.started_us.load(Ordering::Relaxed);
+        (started != 0).then(|| Duration::from_micros(self.now_us().saturating_sub(started)))
+    }
+}
+
+#[cfg(test)]
+mod tests;

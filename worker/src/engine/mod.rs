@@ -1,0 +1,210 @@
+//! Running models: a synchronous engine, and the one thread that owns a device.
+//!
+//! An [`Engine`] loads a model file into a [`Model`]; a model answers stateless calls itself and opens
+//! a [`SequenceModel`], a copy with a state of its own, for each live sequence. All of it is
+//! synchronous and knows no queue, no batch policy and no clock: [`device::DeviceThread`] runs it,
+//! one call at a time for a device.
+//!
+//! Absent on purpose: reading `config.pbtxt` (the caller says what it wants in a [`LoadSpec`]),
+//! deciding which models keep state, and downloading.
+
+pub mod archive;
+pub mod cuda;
+pub mod device;
+mod error;
+pub mod prepare;
+pub mod signature;
+pub mod testing;
+mod torch;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use bytes::Bytes;
+pub use cresset_proto::tensor::Datatype;
+
+pub use self::error::{EngineError, MESSAGE_BYTES_MAX, short_message};
+pub use self::signature::{Argument, ArgumentKind, Signature};
+pub use self::torch::{TorchEngine, set_threads};
+
+/// Where a model runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Device {
+    /// The CPU.
+    Cpu,
+    /// The GPU with this ordinal; [`cuda::load`] has to have succeeded before.
+    Cuda(u32),
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+/// A value for an argument of `forward` that is the same in every call.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Scalar {
+    /// `int:16000`
+    Int(i64),
+    /// `float:0.5`
+    Float(f64),
+    /// `bool:true`
+    Bool(bool),
+    /// `str:abc`
+    Text(String),
+}
+
+impl std::str::FromStr for Scalar {
+    type Err = String;
+
+    /// Reads `int:16000`, `float:0.5`, `bool:true` or `str:abc`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (kind, value) = text
+            .split_once(':')
+            .ok_or_else(|| format!("'{text}' has no type, write int:, float:, bool: or str: before the value"))?;
+        let wrong = || format!("'{value}' is not of the type {kind}");
+        match kind {
+            "int" => value.trim().parse().map(Self::Int).map_err(|_| wrong()),
+            "float" => value.trim().parse().map(Self::Float).map_err(|_| wrong()),
+            "bool" => value.trim().parse().map(Self::Bool).map_err(|_| wrong()),
+            "str" => Ok(Self::Text(value.to_string())),
+            _ => Err(format!("'{kind}' is not a type, write int:, float:, bool: or str: before the value")),
+        }
+    }
+}
+
+/// An input as the model's configuration declares it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InputBinding {
+    /// The configuration's name. How it finds its argument is said at [`signature::bind`].
+    pub name: String,
+    /// The datatype that every call has to bring.
+    pub datatype: Datatype,
+}
+
+/// An output as the model's configuration declares it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OutputBinding {
+    /// The configuration's name. With `__N` at the end of all names N is the position in what
+    /// `forward` returns; a module that returns a dict is asked by name; else the order counts.
+    pub name: String,
+    /// The datatype that the module has to return, if anybody cares.
+    pub datatype: Option<Datatype>,
+}
+
+/// What to load, and how its arguments and results map to the configuration.
+#[derive(Clone, Debug)]
+pub struct LoadSpec {
+    /// The model file.
+    pub path: PathBuf,
+    /// Where to put it.
+    pub device: Device,
+    /// The inputs, in the configuration's order: the order of the inputs of every call.
+    pub inputs: Vec<InputBinding>,
+    /// Arguments of `forward` with a fixed value, by the argument's name.
+    pub constants: BTreeMap<String, Scalar>,
+    /// The outputs, in the configuration's order: the order of the outputs of every call.
+    pub outputs: Vec<OutputBinding>,
+}
+
+/// One input of a call: the parts that, one after the other, are the whole tensor.
+#[derive(Clone, Debug)]
+pub struct InputParts {
+    /// The type of the elements.
+    pub datatype: Datatype,
+    /// The shape of the whole, after concatenation along the first dimension.
+    pub shape: Vec<i64>,
+    /// Row-major little-endian bytes, one entry for each request of the batch (or just one).
+    pub parts: Vec<Bytes>,
+}
+
+/// One output of a call.
+#[derive(Clone, Debug)]
+pub struct OutputTensor {
+    /// The type of the elements.
+    pub datatype: Datatype,
+    /// The dimensions.
+    pub shape: Vec<i64>,
+    /// Row-major little-endian bytes; they are the result's own memory, nothing was copied.
+    pub data: Bytes,
+}
+
+/// Loads models. One for a process is enough; it may be shared between threads.
+pub trait Engine: Send + Sync {
+    /// Loads a model and checks that its arguments fit. Slow (it reads the whole file): call it from
+    /// a thread that may block, never from a device's.
+    ///
+    /// # Errors
+    /// [`EngineError::CannotLoad`] with the reason, [`EngineError::OutOfMemory`], or
+    /// [`EngineError::DeviceLost`].
+    fn load(&self, spec: &LoadSpec) -> Result<Box<dyn Model>, EngineError>;
+
+    /// A word for logs and metrics.
+    fn name(&self) -> &str;
+}
+
+/// A loaded model.
+pub trait Model: Send {
+    /// Runs the model once, inputs and outputs in the order of the [`LoadSpec`]. What a module keeps
+    /// inside is kept from call to call: use [`Model::open_sequence`] for a module that does.
+    ///
+    /// # Errors
+    /// [`EngineError::BadInput`] for inputs that don't fit, [`EngineError::Failed`] for what the
+    /// module raised, [`EngineError::OutOfMemory`], [`EngineError::DeviceLost`].
+    fn infer(&mut self, inputs: &[InputParts]) -> Result<Vec<OutputTensor>, EngineError>;
+
+    /// A copy in the state in which the file left it. The weights are shared, so it is cheap.
+    ///
+    /// # Errors
+    /// [`EngineError::Failed`] or [`EngineError::OutOfMemory`].
+    fn open_sequence(&mut self) -> Result<Box<dyn SequenceModel>, EngineError>;
+
+    /// Weights, buffers and constants, in bytes.
+    fn memory_bytes(&self) -> u64;
+
+    /// The arguments of `forward` and what it returns.
+    fn signature(&self) -> &Signature;
+}
+
+/// A copy of a model with a state of its own.
+pub trait SequenceModel: Send {
+    /// Runs the next request of the sequence.
+    ///
+    /// # Errors
+    /// As [`Model::infer`]. After an error the state may be anything between before and after the
+    /// step: continue from a checkpoint.
+    fn step(&mut self, inputs: &[InputParts]) -> Result<Vec<OutputTensor>, EngineError>;
+
+    /// The state as bytes. The same state gives the same bytes.
+    ///
+    /// # Errors
+    /// [`EngineError::NotCheckpointable`] if an attribute that changed can't be saved.
+    fn checkpoint(&mut self) -> Result<Bytes, EngineError>;
+
+    /// Puts the sequence into a saved state, of this or another copy of the same model. All or nothing.
+    ///
+    /// # Errors
+    /// [`EngineError::BadCheckpoint`] for bytes that are damaged, of another format version or of
+    /// another model.
+    fn restore(&mut self, checkpoint: &[u8]) -> Result<(), EngineError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scalar_is_read_with_its_type() {
+        assert_eq!("int:16000".parse(), Ok(Scalar::Int(16000)));
+        assert_eq!("float:0.5".parse(), Ok(Scalar::Float(0.5)));
+        assert_eq!("bool:true".parse(), Ok(Scalar::Bool(true)));
+        assert_eq!("str:a:b".parse(), Ok(Scalar::Text("a:b".into())));
+        for wrong in ["16000", "int:x", "float:", "bool:1", "long:1"] {
+            assert!(wrong.parse::<Scalar>().is_err(), "{wrong}");
+        }
+    }
+}

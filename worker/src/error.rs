@@ -1,0 +1,172 @@
+//! Why a worker refuses or fails a request, and the one table from there to the wire.
+use cresset_proto::{parameters::ParameterError, reason::Reason, tensor::TensorError};
+use tonic::Status;
+
+use crate::{admission::AdmissionError, engine::EngineError};
+
+/// Why a request got no answer.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum PredictError {
+    /// No such model here.
+    #[error("Request for unknown model: '{0}' is not found")]
+    UnknownModel(String),
+    /// The model is here, this version of it isn't.
+    #[error("Request for unknown model: '{model}' version {version} is not found")]
+    UnknownVersion {
+        /// The model.
+        model: String,
+        /// The version.
+        version: u64,
+    },
+    /// The version isn't a number.
+    #[error(
+        "failed to get model version from specified version string '{version}' for model '{model}'; it must be a number from 1, or empty"
+    )]
+    BadVersion {
+        /// The model.
+        model: String,
+        /// What was sent.
+        version: String,
+    },
+    /// The caller means another deployment of the model than the one that runs.
+    #[error("model '{model}' runs as generation {running} here, the request is for {wanted}")]
+    WrongGeneration {
+        /// The model.
+        model: String,
+        /// The generation here.
+        running: u64,
+        /// The generation that was meant.
+        wanted: u64,
+    },
+    /// The caller means another life of this worker.
+    #[error("the request is for incarnation {wanted} of this worker, which is incarnation {running}")]
+    Fenced {
+        /// This life.
+        running: u64,
+        /// The life that was meant.
+        wanted: u64,
+    },
+    /// The worker is going away.
+    #[error("Server is stopping, it has stopped accepting new inference requests")]
+    Draining,
+    /// The model was unloaded while the request waited.
+    #[error("model '{0}' was unloaded")]
+    Unloaded(String),
+    /// The queue is at its bound of requests.
+    #[error("Exceeds maximum queue size: {requests_max} requests wait for model '{model}'")]
+    QueueFull {
+        /// The model.
+        model: String,
+        /// The bound.
+        requests_max: usize,
+    },
+    /// The queue is at its bound of bytes.
+    #[error("Exceeds maximum queue size: requests for model '{model}' may take {bytes_max} bytes together")]
+    QueueBytesFull {
+        /// The model.
+        model: String,
+        /// The bound.
+        bytes_max: usize,
+    },
+    /// No room for one more sequence.
+    #[error("model '{model}' has {sequences_max} live sequences, which is its limit; end one, or raise max_candidate_sequences")]
+    SequencesFull {
+        /// The model.
+        model: String,
+        /// The bound.
+        sequences_max: usize,
+    },
+    /// The deadline passed while the request waited.
+    #[error("Deadline Exceeded")]
+    Deadline,
+    /// The tensors are wrong in themselves.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+    /// The request doesn't fit the model.
+    #[error(transparent)]
+    Admission(#[from] AdmissionError),
+    /// A parameter has the wrong kind.
+    #[error(transparent)]
+    Parameter(#[from] ParameterError),
+    /// A model whose requests share state was asked without a sequence id.
+    #[error("inference request to model '{0}' must specify a non-zero or non-empty correlation ID")]
+    NoSequenceId(String),
+    /// A sequence was continued that isn't open here.
+    #[error(
+        "inference request for sequence {sequence} to model '{model}' must specify the START flag on the first request of the sequence"
+    )]
+    SequenceNotStarted {
+        /// The model.
+        model: String,
+        /// The sequence.
+        sequence: String,
+    },
+    /// A message of the sequences protocol came out of turn.
+    #[error("sequence stream: {0}")]
+    SequenceProtocol(String),
+    /// The model returned something else than it promised.
+    #[error("model '{model}': {text}")]
+    BrokenPromise {
+        /// The model.
+        model: String,
+        /// What is wrong with its output.
+        text: String,
+    },
+    /// The engine's own words.
+    #[error("model '{model}': {source}")]
+    Engine {
+        /// The model.
+        model: String,
+        /// What happened.
+        source: EngineError,
+    },
+    /// Not built for this.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+impl PredictError {
+    /// What a router acts on; it also sets the gRPC code.
+    pub fn reason(&self) -> Reason {
+        // No `_` arm: a new variant has to choose.
+        match self {
+            Self::UnknownModel(_) | Self::UnknownVersion { .. } => Reason::UnknownModel,
+            Self::WrongGeneration { .. } | Self::Unloaded(_) => Reason::NotHere,
+            Self::Fenced { .. } => Reason::Fenced,
+            Self::Draining => Reason::Draining,
+            Self::QueueFull { .. } | Self::QueueBytesFull { .. } => Reason::QueueFull,
+            Self::SequencesFull { .. } => Reason::SequencesFull,
+            Self::Deadline => Reason::DeadlineExceeded,
+            Self::Parameter(error) => error.reason(),
+            Self::BadVersion { .. }
+            | Self::Tensor(_)
+            | Self::Admission(_)
+            | Self::NoSequenceId(_)
+            | Self::SequenceProtocol(_) => Reason::InvalidArgument,
+            Self::SequenceNotStarted { .. } => Reason::SequenceNotStarted,
+            Self::BrokenPromise { .. } => Reason::ModelFailed,
+            Self::Engine { source, .. } => match source {
+                EngineError::CannotLoad(_) => Reason::LoadFailed,
+                EngineError::BadInput(_) => Reason::InvalidArgument,
+                EngineError::Failed(_) | EngineError::NotCheckpointable(_) => Reason::ModelFailed,
+                EngineError::OutOfMemory(_) => Reason::OutOfMemory,
+                EngineError::BadCheckpoint(_) => Reason::BadCheckpoint,
+                EngineError::DeviceLost(_) => Reason::DeviceUnhealthy,
+            },
+            Self::Unsupported(_) => Reason::Unsupported,
+        }
+    }
+
+    /// The status that goes to the caller.
+    pub fn status(&self) -> Status {
+        self.reason().status(self.to_string())
+    }
+
+    /// Whether this is the fault of the model or the worker rather than of the request, and so worth a line in the log.
+    pub fn is_ours(&self) -> bool {
+        matches!(
+            self.reason(),
+            Reason::ModelFailed | Reason::OutOfMemory | Reason::DeviceUnhealthy | Reason::BadCheckpoint | Reason::Internal
+        )
+    }
+}

@@ -1,0 +1,188 @@
+//! A Cresset worker: runs libtorch on its devices, holds replicas, and answers predictions and streams.
+//!
+//! | room | its job |
+//! | --- | --- |
+//! | [`engine`] | the only place that knows libtorch: loads models, runs them, one thread for each device |
+//! | [`admission`] | does a request fit its model? pure |
+//! | [`batching`] | when to cut a batch, and from what; pure |
+//! | [`queue`] | requests that wait, and the task that feeds a device |
+//! | [`sequence`] | requests that share state |
+//! | [`assignment`] | what to load and unload so that the worker runs what it should; pure |
+//! | [`models`] | fetch, verify, load, serve, unload |
+//! | [`membership`] | the tie to the leader |
+//! | [`predict`] | from a request to an answer |
+//! | [`service`] | gRPC: decode, ask, encode |
+#![deny(unsafe_code)]
+
+pub mod admission;
+pub mod assignment;
+pub mod batching;
+pub mod config;
+pub mod engine;
+pub mod error;
+pub mod membership;
+pub mod metrics;
+pub mod models;
+pub mod predict;
+pub mod queue;
+pub mod sequence;
+pub mod service;
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use cresset_client::repository::Repository;
+use cresset_proto::fleet::v1;
+use cresset_runtime::server;
+use tokio::net::TcpListener;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    config::{Config, DeviceChoice},
+    engine::{Device, EngineError, TorchEngine, cuda, device::DeviceThread, set_threads},
+    membership::{Introduction, Membership, Tie},
+    models::{Models, Runner},
+    predict::Worker,
+};
+
+/// Why a worker can't run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A port.
+    #[error(transparent)]
+    Server(#[from] server::Error),
+    /// A device, or libtorch itself.
+    #[error("no device to run models on: {0}")]
+    Engine(#[from] EngineError),
+    /// The system has no thread left.
+    #[error("can't start a device's thread: {0}")]
+    Thread(std::io::Error),
+}
+
+/// The sockets of a worker; whoever starts it brings them.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For predictions.
+    pub grpc: TcpListener,
+    /// For metrics and health.
+    pub http: TcpListener,
+}
+
+/// Runs a worker until `stop` is cancelled, then drains it: the cluster is told, routes move, open work is finished.
+///
+/// # Errors
+/// [`Error`], before anything is served.
+pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> Result<(), Error> {
+    let devices = devices(&config)?;
+    let mut threads = Vec::new();
+    for (device, _) in &devices {
+        threads.push(DeviceThread::spawn(*device).map_err(Error::Thread)?);
+    }
+    let models = Models::new(Repository::new(&config.model_repository), Arc::new(TorchEngine), threads, config.bounds);
+    let worker = Worker::new(config.id.clone(), incarnation(), models);
+    let introduction = Introduction {
+        grpc_address: server::address(&listeners.grpc)?.to_string(),
+        http_address: server::address(&listeners.http)?.to_string(),
+        zone: config.zone.clone(),
+        devices: devices
+            .iter()
+            .map(|(device, memory_bytes)| v1::Device { name: device.to_string(), memory_bytes: *memory_bytes })
+            .collect(),
+    };
+    tracing::info!(worker = %config.id, grpc = introduction.grpc_address, devices = ?devices, "starting");
+
+    let tasks = TaskTracker::new();
+    let closed = CancellationToken::new();
+    let (membership, tie) = Membership::new(Arc::clone(&worker), introduction, config.coordinators.clone(), stop.clone());
+    tasks.spawn(membership.run(closed.clone()));
+    let (routes, health) = service::routes(Arc::clone(&worker), config.message_bytes_max).await?;
+    health.set_service_status("", server::ServingStatus::Serving).await;
+    let ready = {
+        let (worker, tie) = (Arc::clone(&worker), tie.clone());
+        Arc::new(move || !worker.is_draining() && *tie.borrow() == Tie::Registered)
+    };
+    let limits = server::Limits { drain: config.drain, ..server::Limits::default() };
+    let http = tasks.spawn(server::serve_http(listeners.http, ready, closed.clone()));
+    let grpc = tokio::spawn(server::serve_grpc(listeners.grpc, routes, limits, closed.clone()));
+
+    stop.cancelled().await;
+    drain(&worker, tie, config.drain).await;
+    health.set_service_status("", server::ServingStatus::NotServing).await;
+    closed.cancel();
+    tasks.close();
+    tasks.wait().await;
+    for ended in [grpc.await, http.await] {
+        if let Ok(Err(error)) = ended {
+            tracing::warn!(%error, "a port didn't close in order");
+        }
+    }
+    tracing::info!(worker = %config.id, "stopped");
+    Ok(())
+}
+
+/// Waits until routes have moved away, then takes nothing new, then waits for what is open; all within `limit`.
+async fn drain(worker: &Arc<Worker>, mut tie: tokio::sync::watch::Receiver<Tie>, limit: Duration) {
+    let deadline = tokio::time::Instant::now() + limit;
+    // If nobody can be told, half of the time is left for the work that is open.
+    let _ = tokio::time::timeout(limit / 2, tie.wait_for(|tie| *tie == Tie::Left)).await;
+    worker.drain();
+    let mut check = tokio::time::interval(Duration::from_millis(10));
+    while !idle(worker) && tokio::time::Instant::now() < deadline {
+        check.tick().await;
+    }
+}
+
+fn idle(worker: &Worker) -> bool {
+    worker.in_flight() == 0
+        && worker.models.served().iter().all(|served| match &served.runner {
+            Runner::Queue(queue) => queue.is_empty(),
+            Runner::Sequences(_) => true,
+        })
+}
+
+/// A number that no earlier life of this worker had, as long as the machine's clock goes forward; if it doesn't, the
+/// leader says which number to take.
+fn incarnation() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The devices to use, with their memory in bytes.
+fn devices(config: &Config) -> Result<Vec<(Device, u64)>, Error> {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX));
+    let intra = if config.intra_op_threads == 0 { cores } else { config.intra_op_threads };
+    let gpus = match config.device {
+        DeviceChoice::Cpu => Ok(0),
+        DeviceChoice::Auto | DeviceChoice::Cuda => cuda::load(&libraries_dir()),
+    };
+    let gpus = match (gpus, config.device) {
+        (Ok(gpus), _) => gpus,
+        (Err(error), DeviceChoice::Cuda) => return Err(error.into()),
+        (Err(error), _) => {
+            tracing::info!(%error, "no GPU, using the cpu");
+            0
+        }
+    };
+    set_threads(intra, 1)?;
+    if gpus == 0 {
+        return Ok(vec![(Device::Cpu, config.memory_bytes.unwrap_or_else(machine_memory_bytes))]);
+    }
+    (0..gpus).map(|ordinal| Ok((Device::Cuda(ordinal), cuda::memory_bytes(ordinal)?.1))).collect()
+}
+
+/// The folder that libtorch was loaded from: its CUDA half has to be of the same release, and lies beside it.
+fn libraries_dir() -> PathBuf {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let library = maps.lines().filter_map(|line| line.split_whitespace().last()).find(|path| path.ends_with("/libtorch_cpu.so"));
+    library.and_then(|path| PathBuf::from(path).parent().map(PathBuf::from)).unwrap_or_default()
+}
+
+/// The machine's memory, in bytes; 0 where it can't be told.
+fn machine_memory_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    line.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+}
