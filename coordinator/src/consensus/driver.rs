@@ -1,0 +1,245 @@
+//! The thread that owns the node: inputs and time go in, messages, answers and published values come out.
+//!
+//! One thread, since every step may have to wait for the disk, and nothing else may wait for it. It never waits for the
+//! network or for a caller: queues that are full lose messages, which Raft repairs, and refuse callers.
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use cresset_core::Effect;
+use tokio::sync::{broadcast, watch};
+use tracing::{debug, error, info, warn};
+
+use super::{
+    error::{ProposeError, ReadRefused},
+    inbox::{Arrivals, Input},
+    log::LogStore,
+    machine::{Answer, Shared},
+    node::{Envelope, Node, NodeError, RaftStatus, Role, Sink},
+    pending::{Pending, Reads},
+    transport::Links,
+};
+
+/// Inputs that are taken together, and so share a write and a sync.
+const BATCH_INPUTS_MAX: usize = 256;
+/// How often the log may do work that needs no batch, and callers that hung up are forgotten.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// How far the state has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// The last applied entry.
+    pub index: u64,
+    /// The state's epoch.
+    pub epoch: u64,
+}
+
+/// What a driver tells the rest of the process.
+pub(super) struct Published {
+    pub(super) raft: watch::Sender<RaftStatus>,
+    pub(super) applied: watch::Sender<Applied>,
+    pub(super) effects: broadcast::Sender<(u64, Effect)>,
+}
+
+/// The owner of the node.
+pub(super) struct Driver<L: LogStore> {
+    node: Node<L, Shared>,
+    arrivals: Arrivals,
+    outbox: Outbox,
+    published: Published,
+    tick: Duration,
+    waiters_max: usize,
+}
+
+/// Where the node's outputs go.
+struct Outbox {
+    links: Links,
+    pending: Pending,
+    reads: Reads,
+    effects: broadcast::Sender<(u64, Effect)>,
+    lost: Vec<Lost>,
+}
+
+/// Something that could not even be queued.
+enum Lost {
+    Message { to: u64 },
+    Snapshot { to: u64 },
+}
+
+impl Sink<Answer> for Outbox {
+    fn send(&mut self, envelope: Envelope) {
+        let to = envelope.to;
+        let lost = if envelope.snapshot.is_some() { Lost::Snapshot { to } } else { Lost::Message { to } };
+        if !self.links.send(envelope) {
+            self.lost.push(lost);
+        }
+    }
+
+    fn applied(&mut self, index: u64, answer: Answer) {
+        self.pending.settle(answer.id, &answer.outcome);
+        for effect in answer.effects {
+            // Nobody may be listening.
+            let _ = self.effects.send((index, effect));
+        }
+    }
+
+    fn readable(&mut self, context: u64, index: u64) {
+        self.reads.settle(context, index);
+    }
+}
+
+impl<L: LogStore> Driver<L> {
+    pub(super) fn new(
+        node: Node<L, Shared>,
+        arrivals: Arrivals,
+        links: Links,
+        published: Published,
+        tick: Duration,
+        waiters_max: usize,
+    ) -> Self {
+        let effects = published.effects.clone();
+        let (pending, reads) = (Pending::default(), Reads::default());
+        let outbox = Outbox { links, pending, reads, effects, lost: Vec::new() };
+        Self { node, arrivals, outbox, published, tick, waiters_max }
+    }
+
+    /// Runs until it is told to stop, or until the log fails.
+    pub(super) fn run(mut self) -> Result<(), NodeError> {
+        let _abort = AbortOnPanic;
+        let result = self.turns();
+        if let Err(error) = &result {
+            error!(%error, "consensus has failed; this coordinator can't go on");
+        }
+        self.outbox.pending.fail(&ProposeError::Indeterminate { leader: None });
+        self.outbox.reads.fail(&ReadRefused::Shutdown);
+        result
+    }
+
+    fn turns(&mut self) -> Result<(), NodeError> {
+        let mut tick_due = Instant::now() + self.tick;
+        let mut housekeeping_due = Instant::now() + HOUSEKEEPING;
+        // What was committed before a restart is applied before anybody is let in.
+        self.settle()?;
+        loop {
+            let wait = tick_due.saturating_duration_since(Instant::now());
+            let Ok(mut input) = self.arrivals.next(wait) else { break };
+            for _ in 0..BATCH_INPUTS_MAX {
+                match input {
+                    Some(Input::Stop) => return Ok(self.node.store_mut().checkpoint()?),
+                    Some(other) => self.take(other)?,
+                    None => break,
+                }
+                input = self.arrivals.waiting();
+            }
+            let now = Instant::now();
+            if now >= tick_due {
+                self.node.tick();
+                // A process that was paused must not live through the lost time in a burst: it would stand for
+                // election before it has read what its leader sent meanwhile.
+                tick_due = (tick_due + self.tick).max(now);
+            }
+            self.settle()?;
+            if now >= housekeeping_due {
+                housekeeping_due = now + HOUSEKEEPING;
+                self.outbox.pending.prune();
+                self.outbox.reads.prune();
+                self.node.store_mut().checkpoint()?;
+            }
+        }
+        Ok(self.node.store_mut().checkpoint()?)
+    }
+
+    fn take(&mut self, input: Input) -> Result<(), NodeError> {
+        match input {
+            Input::Propose { id, command, reply } => {
+                if self.outbox.pending.waiters() >= self.waiters_max {
+                    let _ = reply.send(Err(ProposeError::Overloaded));
+                } else if self.outbox.pending.holds(id) {
+                    self.outbox.pending.wait(id, reply);
+                } else {
+                    match self.node.propose(command) {
+                        Ok(()) => self.outbox.pending.wait(id, reply),
+                        Err(why) => drop(reply.send(Err(why.into()))),
+                    }
+                }
+            }
+            Input::Read { reply } => {
+                if self.outbox.reads.waiters() >= self.waiters_max {
+                    let _ = reply.send(Err(ReadRefused::Overloaded));
+                } else {
+                    self.outbox.reads.gather(reply);
+                }
+            }
+            Input::Message { from, message } => {
+                if let Err(refused) = self.node.step(from, &message, None) {
+                    warn!(%refused, "dropped a message of a peer");
+                }
+            }
+            Input::Snapshot { from, message, data, taken } => {
+                let result = self.node.step(from, &message, Some(data));
+                // The answer says that it is on the disk, so the disk comes first.
+                self.node.on_ready(&mut self.outbox)?;
+                let _ = taken.send(result);
+            }
+            Input::Unreachable { peer } => self.node.report_unreachable(peer),
+            Input::SnapshotSent { peer, arrived } => {
+                debug!(peer, arrived, "snapshot sent");
+                self.node.report_snapshot(peer, arrived);
+            }
+            Input::TransferLeadership => self.node.transfer_leader(),
+            // Handled by the loop.
+            Input::Stop => {}
+        }
+        Ok(())
+    }
+
+    /// Does what the inputs ask for, and tells everybody where things stand.
+    fn settle(&mut self) -> Result<(), NodeError> {
+        let node = &mut self.node;
+        self.outbox.reads.ask(|context| node.read_index(context));
+        node.on_ready(&mut self.outbox)?;
+        for lost in std::mem::take(&mut self.outbox.lost) {
+            match lost {
+                Lost::Message { to } => node.report_unreachable(to),
+                Lost::Snapshot { to } => node.report_snapshot(to, false),
+            }
+        }
+        self.publish();
+        Ok(())
+    }
+
+    fn publish(&mut self) {
+        let now = self.node.status();
+        let before = *self.published.raft.borrow();
+        if before.applied != now.applied {
+            let epoch = self.node.machine().state().read().epoch;
+            self.published.applied.send_replace(Applied { index: now.applied, epoch });
+        }
+        if before == now {
+            return;
+        }
+        if (before.role, before.term, before.leader) != (now.role, now.term, now.leader) {
+            let leader = now.leader.map_or_else(|| "nobody".to_owned(), |id| format!("c{id}"));
+            info!(role = %now.role, term = now.term, leader, commit = now.commit, "raft role");
+        }
+        let led = before.role == Role::Leader;
+        if led && (now.role != Role::Leader || now.term != before.term) {
+            self.outbox.pending.lost_leadership(now.leader);
+            self.outbox.reads.fail(&ReadRefused::NotLeader { leader: now.leader });
+        }
+        self.published.raft.send_replace(now);
+    }
+}
+
+/// A panic in here means that a promise may be broken: nobody may catch it, and the process ends.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            error!("consensus panicked; aborting this process, since it can't be trusted any more");
+            std::process::abort();
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Consensus: the coordinators' agreement on the order of commands.
+//!
+//! [`start`] opens the log in the data folder and gives back a [`Consensus`] handle for the rest of the process, the
+//! [`RaftServer`] for the peer port, and a [`DriverHandle`] that tells when it has ended.
+//!
+//! ```text
+//!  callers ── Consensus ──┐                          ┌── watch: raft, applied
+//!                         ├─▶ inbox ─▶ driver thread ─┤
+//!  peers ── PeerService ──┘            │  Node       └── Links ──▶ peers
+//!                                      └─ LogStore (raft-engine + identity.json)
+//! ```
+//!
+//! - `node`: one member as a plain value, without threads, clocks or sockets; `guard` keeps hostile messages from it.
+//! - `log`, `engine_log`, `identity`: what is on the disk, and the proof that it is all there.
+//! - `driver`, `inbox`, `pending`: the thread around the node, its inputs, and who waits for what.
+//! - `transport`, `service`, `handle`: to the peers, from the peers, and the face to the rest of the process.
+//!
+//! This is the only place that names the crates `raft`, `raft_engine` and `protobuf`. Absent: changes of the members
+//! (every member is a founder, and the settings of all must agree), and TLS between peers.
+mod driver;
+mod engine_log;
+mod error;
+mod guard;
+mod handle;
+mod identity;
+mod inbox;
+mod log;
+mod machine;
+mod node;
+mod pending;
+mod service;
+mod settings;
+#[cfg(test)]
+mod tests;
+mod tracing_drain;
+mod transport;
+
+use std::thread;
+
+use cresset_core::ClusterState;
+use rand::Rng as _;
+use tokio::sync::{broadcast, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+pub use driver::Applied;
+pub use engine_log::EngineLog;
+pub use error::{ProposeError, ReadError, StartError};
+pub use guard::Refused;
+pub use handle::{Consensus, DriverHandle};
+pub use log::{Batch, LogError, LogStore, MemoryLog, Stored};
+pub use machine::{Answer, Shared, StateMachine};
+pub use node::{ElectionDraw, Envelope, Node, NodeError, NotTaken, RaftStatus, Role, Round, Sink};
+pub use service::{PeerService, RaftServer};
+pub use settings::{COMMAND_BYTES_MAX, Problem, SNAPSHOT_BYTES_MAX, Settings};
+
+/// Effects that wait for the slowest listener.
+const EFFECTS_MAX: usize = 1_024;
+
+/// Starts consensus from what the data folder holds. An empty folder is founded with `initial`, which must be the same on
+/// every coordinator. Reads the whole log, so it may take a while. Must be called inside a tokio runtime.
+///
+/// # Errors
+/// [`StartError`]; nothing is left running.
+pub fn start(
+    settings: &Settings,
+    initial: ClusterState,
+) -> Result<(Consensus, RaftServer, DriverHandle), StartError> {
+    settings.check().map_err(|problems| StartError::Settings { problems })?;
+    tokio::runtime::Handle::try_current().map_err(|_| StartError::NoRuntime)?;
+    let mut peers = std::collections::BTreeMap::new();
+    for (&peer, address) in &settings.peers {
+        let channel = transport::channel(address).map_err(|error| StartError::Settings {
+            problems: vec![Problem { field: "peers", problem: format!("has '{address}' for c{peer}: {error}") }],
+        })?;
+        peers.insert(peer, channel);
+    }
+    let log = EngineLog::open(&settings.data_dir, &settings.cluster_id, settings.id)?;
+    let shared = Shared::new(initial);
+    let range = settings.election_ticks_min..settings.election_ticks_max;
+    let draw: ElectionDraw = Box::new(move |_| rand::rng().random_range(range.clone()));
+    let node = Node::new(settings, log, shared.clone(), draw, &tracing_drain::logger())?;
+
+    let (inbox, arrivals) = inbox::Inbox::new();
+    let shutdown = CancellationToken::new();
+    let (raft_sender, raft) = watch::channel(node.status());
+    let started = Applied { index: node.status().applied, epoch: shared.state().read().epoch };
+    let (applied_sender, applied) = watch::channel(started);
+    let (effects, _) = broadcast::channel(EFFECTS_MAX);
+    let published = driver::Published { raft: raft_sender, applied: applied_sender, effects: effects.clone() };
+    let links = transport::Links::spawn(settings, &inbox, &shutdown);
+    let driver = driver::Driver::new(node, arrivals, links, published, settings.tick, settings.waiters_max);
+    let (ended_sender, ended) = oneshot::channel();
+    let ending = shutdown.clone();
+    let thread = thread::Builder::new().name("raft".to_owned()).spawn(move || {
+        let result = driver.run();
+        ending.cancel();
+        let _ = ended_sender.send(result);
+    });
+    let thread = thread.map_err(|error| {
+        shutdown.cancel();
+        StartError::Thread(error)
+    })?;
+    let consensus = Consensus::new(handle::Inner {
+        id: settings.id,
+        cluster_id: settings.cluster_id.clone(),
+        propose_timeout: settings.propose_timeout,
+        inbox: inbox.clone(),
+        shared,
+        peers,
+        raft,
+        applied,
+        effects,
+        shutdown: shutdown.clone(),
+    });
+    let server = service::server(consensus.clone(), inbox, shutdown);
+    Ok((consensus, server, DriverHandle { thread: Some(thread), ended }))
+}

@@ -1,0 +1,254 @@
+//! To the other peers: one task, one bounded queue and one stream for each.
+//!
+//! Sending never waits: a queue that is full loses the message, and the driver is told so. Raft repairs what is lost, but
+//! not what is late, so messages that waited for a broken connection for too long are dropped too. A snapshot goes over a
+//! connection of its own, and its fate is always reported.
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use cresset_proto::raft::v1::{DeliverRequest, InstallSnapshotRequest, raft_service_client::RaftServiceClient};
+use rand::Rng as _;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    inbox::{Inbox, Input},
+    node::Envelope,
+    settings::Settings,
+};
+
+/// Messages that may wait for one peer.
+const QUEUE_MESSAGES_MAX: usize = 512;
+/// Messages in one request, and their bytes unless one alone has more.
+const BATCH_MESSAGES_MAX: usize = 128;
+const BATCH_BYTES_MAX: usize = 2 << 20;
+/// Largest request of the peer service: a batch with one largest message on top.
+pub(super) const REQUEST_BYTES_MAX: usize = 8 << 20;
+/// Data in one request of a snapshot's transfer.
+const CHUNK_BYTES: usize = 1 << 20;
+/// Messages that waited for longer are of the past.
+const STALE_AFTER: Duration = Duration::from_millis(500);
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+
+/// The queues to all other peers.
+pub(super) struct Links(BTreeMap<u64, Link>);
+
+struct Link {
+    messages: mpsc::Sender<Waiting>,
+    snapshots: mpsc::Sender<Envelope>,
+}
+
+struct Waiting {
+    since: Instant,
+    message: Vec<u8>,
+}
+
+impl Links {
+    /// Starts the tasks; they end with `shutdown`. Must be called inside a runtime.
+    pub(super) fn spawn(settings: &Settings, inbox: &Inbox, shutdown: &CancellationToken) -> Self {
+        let others = settings.peers.iter().filter(|(peer, _)| **peer != settings.id);
+        let links = others.map(|(&peer, address)| {
+            let (messages, waiting) = mpsc::channel(QUEUE_MESSAGES_MAX);
+            let (snapshots, transfers) = mpsc::channel(1);
+            let wire = Wire {
+                cluster_id: settings.cluster_id.clone(),
+                id: settings.id,
+                peer,
+                address: address.clone(),
+                inbox: inbox.clone(),
+            };
+            let (to_deliver, to_install) = (wire.clone(), wire);
+            let (deliver_end, install_end) = (shutdown.clone(), shutdown.clone());
+            let timeout = settings.snapshot_timeout;
+            tokio::spawn(async move { deliver_end.run_until_cancelled(to_deliver.deliver(waiting)).await });
+            tokio::spawn(async move { install_end.run_until_cancelled(to_install.install(transfers, timeout)).await });
+            (peer, Link { messages, snapshots })
+        });
+        Self(links.collect())
+    }
+
+    /// Queues a message; `false` if it is lost.
+    pub(super) fn send(&self, envelope: Envelope) -> bool {
+        let Some(link) = self.0.get(&envelope.to) else { return false };
+        if envelope.snapshot.is_some() {
+            return link.snapshots.try_send(envelope).is_ok();
+        }
+        link.messages.try_send(Waiting { since: Instant::now(), message: envelope.message }).is_ok()
+    }
+}
+
+/// A connection to a peer that is made when it is first used, and made again when it breaks.
+///
+/// # Errors
+/// If the address can't be one.
+pub(super) fn channel(address: &str) -> Result<Channel, tonic::transport::Error> {
+    Ok(endpoint(address)?.connect_lazy())
+}
+
+fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
+    Ok(Endpoint::from_shared(format!("http://{address}"))?
+        .connect_timeout(Duration::from_secs(1))
+        .http2_keep_alive_interval(Duration::from_secs(1))
+        .keep_alive_timeout(Duration::from_secs(1))
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true))
+}
+
+/// One direction of a pair of peers.
+#[derive(Clone)]
+struct Wire {
+    cluster_id: String,
+    id: u64,
+    peer: u64,
+    address: String,
+    inbox: Inbox,
+}
+
+impl Wire {
+    async fn deliver(self, mut waiting: mpsc::Receiver<Waiting>) {
+        let mut backoff = BACKOFF_MIN;
+        let mut told = false;
+        loop {
+            let began = Instant::now();
+            let Err(status) = self.deliver_once(&mut waiting).await else { return };
+            if began.elapsed() > BACKOFF_MAX {
+                (backoff, told) = (BACKOFF_MIN, false);
+            }
+            if !told {
+                info!(peer = self.peer, address = self.address, problem = status.message(), "connection to peer lost");
+                told = true;
+            }
+            if !self.inbox.put_surely(Input::Unreachable { peer: self.peer }).await {
+                return;
+            }
+            tokio::time::sleep(jittered(backoff)).await;
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+        }
+    }
+
+    /// Delivers over one connection until it breaks; `Ok` once there is nobody left to deliver for.
+    async fn deliver_once(&self, waiting: &mut mpsc::Receiver<Waiting>) -> Result<(), Status> {
+        let mut client = self.connect().await?;
+        debug!(peer = self.peer, address = self.address, "connected to peer");
+        let (requests, stream) = mpsc::channel(1);
+        let call = client.deliver(ReceiverStream::new(stream));
+        tokio::pin!(call);
+        let broken = |result: Result<_, Status>| match result {
+            Ok(_) => Status::unavailable("the peer ended the stream"),
+            Err(status) => status,
+        };
+        loop {
+            let first = tokio::select! {
+                biased;
+                result = &mut call => return Err(broken(result)),
+                first = waiting.recv() => first,
+            };
+            let Some(first) = first else { return Ok(()) };
+            let request = self.batch(first, waiting);
+            if request.messages.is_empty() {
+                continue;
+            }
+            tokio::select! {
+                biased;
+                result = &mut call => return Err(broken(result)),
+                sent = requests.send(request) => sent.map_err(|_| Status::unavailable("the stream has ended"))?,
+            }
+        }
+    }
+
+    /// A message, with those that wait behind it.
+    fn batch(&self, first: Waiting, waiting: &mut mpsc::Receiver<Waiting>) -> DeliverRequest {
+        let mut messages = Vec::new();
+        let mut bytes = 0;
+        let mut next = Some(first);
+        while let Some(Waiting { since, message }) = next {
+            if since.elapsed() < STALE_AFTER {
+                bytes += message.len();
+                messages.push(Bytes::from(message));
+            }
+            if bytes >= BATCH_BYTES_MAX || messages.len() >= BATCH_MESSAGES_MAX {
+                break;
+            }
+            next = waiting.try_recv().ok();
+        }
+        DeliverRequest { cluster_id: self.cluster_id.clone(), from_peer: self.id, to_peer: self.peer, messages }
+    }
+
+    async fn install(self, mut transfers: mpsc::Receiver<Envelope>, timeout: Duration) {
+        while let Some(envelope) = transfers.recv().await {
+            let Some(data) = envelope.snapshot else { continue };
+            let bytes = data.len();
+            let transfer = tokio::time::timeout(timeout, self.install_once(envelope.message.into(), data)).await;
+            let result = transfer.unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("not done in {timeout:?}"))));
+            match &result {
+                Ok(()) => info!(peer = self.peer, bytes, "snapshot sent"),
+                Err(status) => warn!(peer = self.peer, bytes, problem = status.message(), "snapshot not sent"),
+            }
+            if !self.inbox.put_surely(Input::SnapshotSent { peer: self.peer, arrived: result.is_ok() }).await {
+                return;
+            }
+        }
+    }
+
+    async fn install_once(&self, message: Bytes, data: Bytes) -> Result<(), Status> {
+        let mut client = self.connect().await?;
+        let (requests, stream) = mpsc::channel(1);
+        let call = client.install_snapshot(ReceiverStream::new(stream));
+        let feed = async {
+            for request in self.chunks(message, data) {
+                if requests.send(request).await.is_err() {
+                    break; // The call has ended, and says why.
+                }
+            }
+            drop(requests);
+        };
+        let (result, ()) = tokio::join!(call, feed);
+        result.map(|_| ())
+    }
+
+    fn chunks(&self, message: Bytes, data: Bytes) -> impl Iterator<Item = InstallSnapshotRequest> {
+        let crc32 = crc32fast::hash(&data);
+        let count = data.len().div_ceil(CHUNK_BYTES).max(1);
+        (0..count).map(move |n| {
+            let (start, end) = (n * CHUNK_BYTES, data.len().min((n + 1) * CHUNK_BYTES));
+            InstallSnapshotRequest {
+                cluster_id: self.cluster_id.clone(),
+                from_peer: self.id,
+                to_peer: self.peer,
+                message: if n == 0 { message.clone() } else { Bytes::new() },
+                data: data.slice(start..end),
+                crc32: (n + 1 == count).then_some(crc32),
+            }
+        })
+    }
+
+    async fn connect(&self) -> Result<RaftServiceClient<Channel>, Status> {
+        let failed = |error: tonic::transport::Error| Status::unavailable(format!("can't connect: {}", root(&error)));
+        let channel = endpoint(&self.address).map_err(failed)?.connect().await.map_err(failed)?;
+        Ok(RaftServiceClient::new(channel))
+    }
+}
+
+/// The innermost cause, which is the one that says something.
+fn root(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    cause.to_string()
+}
+
+/// Between half of it and all of it: peers that lost each other together don't come back together.
+pub(super) fn jittered(wait: Duration) -> Duration {
+    wait.mul_f64(rand::rng().random_range(0.5..=1.0))
+}
