@@ -29,7 +29,12 @@ pub const PROGRAM: Program = Program {
         setting!("grpc", Some("127.0.0.1:8001"), "HOST:PORT", "The public port: predictions and administration"),
         setting!("http", Some("127.0.0.1:8002"), "HOST:PORT", "Where /metrics, /healthz and /readyz are"),
         setting!("peer", Some("127.0.0.1:8003"), "HOST:PORT", "Where other coordinators and workers connect"),
-        setting!("advertise-host", Some(""), "HOST", "The host by which others reach this one; default: the host of each address"),
+        setting!(
+            "advertise-host",
+            Some(""),
+            "HOST",
+            "The host by which others reach this one; default: the host of each address"
+        ),
         setting!("tick-ms", Some("50"), "MS", "One tick of consensus: a heartbeat each, an election after 6 to 12 silent ones"),
         setting!("snapshot-entries", Some("10000"), "N", "Log entries between two snapshots"),
         setting!("message-mib-max", Some("2047"), "MIB", "The largest message that is taken or sent"),

@@ -80,7 +80,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     tasks.spawn(closing.clone().run_until_cancelled_owned(announce(consensus.clone(), config.id, info)));
 
     let router = gateway::router(&consensus, RouterSettings::default(), &tasks, &closing);
-    let context = Arc::new(Context::new(config.id, consensus.clone(), fleet, Repository::new(&config.model_repository), closing.clone()));
+    let context =
+        Arc::new(Context::new(config.id, consensus.clone(), fleet, Repository::new(&config.model_repository), closing.clone()));
     let public = services::routes(&context, router, config.message_bytes_max);
     let (public, public_health) = server::with_health_and_reflection(public, DESCRIPTORS).await?;
     let membership = MembershipServiceServer::new(membership);

@@ -16,7 +16,11 @@ use cresset_runtime::{
 fn main() -> ExitCode {
     let (settings, check) = match PROGRAM.invoke() {
         Invocation::Exit { text, code } => {
-            if code == 0 { print!("{text}") } else { eprint!("{text}") }
+            if code == 0 {
+                print!("{text}")
+            } else {
+                eprint!("{text}")
+            }
             return ExitCode::from(code);
         }
         Invocation::Run(settings) => (settings, false),

@@ -70,8 +70,8 @@ pub fn routes(context: &Arc<Context>, router: Router, message_bytes_max: usize) 
     let admin = AdminServiceServer::new(admin::Admin { context: Arc::clone(context) })
         .max_decoding_message_size(ADMIN_BYTES_MAX)
         .max_encoding_message_size(ADMIN_BYTES_MAX);
-    let watched = RoutesServiceServer::new(routes::RouteWatch { context: Arc::clone(context) })
-        .max_encoding_message_size(ADMIN_BYTES_MAX);
+    let watched =
+        RoutesServiceServer::new(routes::RouteWatch { context: Arc::clone(context) }).max_encoding_message_size(ADMIN_BYTES_MAX);
     Routes::new(inference).add_service(admin).add_service(watched)
 }
 

@@ -67,7 +67,8 @@ pub mod metadata {
         let text = metadata.get("grpc-timeout")?.to_str().ok()?;
         let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
         // The protocol allows eight digits at most.
-        let number: u64 = if digits.len() <= 8 { digits.parse().ok()? } else { return None };
+        let plain = (1..=8).contains(&digits.len()) && digits.bytes().all(|byte| byte.is_ascii_digit());
+        let number: u64 = if plain { digits.parse().ok()? } else { return None };
         Some(match unit {
             "H" => Duration::from_secs(number * 3600),
             "M" => Duration::from_secs(number * 60),
@@ -94,7 +95,8 @@ pub mod metadata {
             };
             assert_eq!(read("250m"), Some(Duration::from_millis(250)));
             assert_eq!(read("2S"), Some(Duration::from_secs(2)));
-            for wrong in ["", "m", "x1m", "1", "123456789S", "-1S"] {
+            assert_eq!(read("99999999H"), Some(Duration::from_secs(99_999_999 * 3_600)));
+            for wrong in ["", "m", "x1m", "1", "123456789S", "-1S", "+1S", "1.5S", "1x"] {
                 assert_eq!(read(wrong), None, "{wrong}");
             }
         }

@@ -9,10 +9,12 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use cresset_client::repository::Repository;
 use cresset_proto::{
     fleet::v1::{Assignment, Intent, ObservedReplica, ReplicaState},
     inference::ModelConfig,
+    tensor::element_count,
 };
 use parking_lot::Mutex;
 use prost::Message;
@@ -21,7 +23,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::{
     admission::{Contract, ContractError},
     assignment::{ReplicaKey, StaleIntent, Step, steps},
-    engine::{Engine, EngineError, InputBinding, LoadSpec, OutputBinding, device::DeviceThread},
+    engine::{Engine, EngineError, InputBinding, InputParts, LoadSpec, Model, OutputBinding, device::DeviceThread},
     error::PredictError,
     metrics::ModelMetrics,
     queue::{Bounds, ModelQueue},
@@ -82,6 +84,9 @@ enum LoadError {
     #[error("loading was cut short")]
     Aborted,
 }
+
+/// The largest input that a warm-up call makes up, in bytes.
+const WARM_UP_BYTES_MAX: usize = 64 << 20;
 
 type Table = HashMap<String, BTreeMap<u64, Arc<ServedModel>>>;
 
@@ -206,6 +211,26 @@ impl Models {
     }
 }
 
+/// One call with zeros: libtorch compiles a graph at its first call, and no request should wait for that. Free dimensions
+/// are taken as 1.
+fn warm(model: &mut dyn Model, contract: &Contract) -> Result<(), EngineError> {
+    let inputs: Vec<InputParts> = contract
+        .inputs
+        .iter()
+        .map(|spec| {
+            let batch = (contract.batch_rows_max > 0).then_some(1);
+            let shape: Vec<i64> = batch.into_iter().chain(spec.dims.iter().map(|dim| if *dim < 0 { 1 } else { *dim })).collect();
+            let bytes = element_count(&shape).and_then(|count| count.checked_mul(spec.datatype.size()?)).unwrap_or(usize::MAX);
+            let zeros = if bytes <= WARM_UP_BYTES_MAX { Bytes::from(vec![0; bytes]) } else { Bytes::new() };
+            InputParts { datatype: spec.datatype, shape, parts: vec![zeros] }
+        })
+        .collect();
+    match contract.sequence {
+        Some(_) => model.open_sequence()?.step(&inputs).map(drop),
+        None => model.infer(&inputs).map(drop),
+    }
+}
+
 fn replica(assignment: &Assignment, state: ReplicaState) -> ObservedReplica {
     ObservedReplica {
         model: assignment.model.clone(),
@@ -275,7 +300,7 @@ impl Inner {
             tracing::warn!(model = key.model, fields = ?contract.ignored, "fields of config.pbtxt have no effect");
         }
         let device = self.device(&key);
-        let model = self.engine.load(&LoadSpec {
+        let mut model = self.engine.load(&LoadSpec {
             path: stored.file,
             device: device.device(),
             inputs: contract
@@ -297,6 +322,9 @@ impl Inner {
                 .map(|spec| OutputBinding { name: spec.name.clone(), datatype: Some(spec.datatype) })
                 .collect(),
         })?;
+        if let Err(error) = warm(model.as_mut(), &contract) {
+            tracing::debug!(model = key.model, %error, "the warm-up call failed, which may be because of its made-up input");
+        }
         let placed = device.place(model);
         let metrics = ModelMetrics::new(&key.model, key.version);
         let memory_bytes = placed.memory_bytes();

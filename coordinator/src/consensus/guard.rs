@@ -59,9 +59,7 @@ fn of_type<S: Storage>(raft: &Raft<S>, conf: &ConfState, message: &Message) -> O
     let current = message.term >= raft.term;
     match message.get_msg_type() {
         MessageType::MsgAppend => entries_problem(raft, message),
-        MessageType::MsgHeartbeat => {
-            unlike(current && message.commit > last_index, "it commits entries that aren't there")
-        }
+        MessageType::MsgHeartbeat => unlike(current && message.commit > last_index, "it commits entries that aren't there"),
         MessageType::MsgSnapshot => {
             let metadata = message.get_snapshot().get_metadata();
             unlike(metadata.index == 0 || metadata.index > NUMBER_MAX, "its index is out of range")

@@ -134,8 +134,7 @@ impl Consensus {
         let bytes = encoded.len();
         let unreachable = |problem: String| ProposeError::Unreachable { leader, problem };
         let Some(mut client) = self.client(leader) else { return Err(unreachable("it isn't a peer".to_owned())) };
-        let mut request =
-            Request::new(ProposeRequest { cluster_id: self.inner.cluster_id.clone(), command: encoded.into() });
+        let mut request = Request::new(ProposeRequest { cluster_id: self.inner.cluster_id.clone(), command: encoded.into() });
         request.set_timeout(self.inner.propose_timeout);
         let call = timeout(self.inner.propose_timeout, client.propose(request));
         let answer = self.unless_ending(call).await.ok_or(ProposeError::Shutdown)?;

@@ -106,13 +106,8 @@ impl Identity {
     /// # Errors
     /// [`LogError::Io`].
     pub(super) fn record(&mut self, watermark: Watermark) -> Result<(), LogError> {
-        let mut record = Record {
-            format: FORMAT,
-            cluster_id: self.cluster_id.clone(),
-            node_id: self.node_id,
-            watermark,
-            crc32: 0,
-        };
+        let mut record =
+            Record { format: FORMAT, cluster_id: self.cluster_id.clone(), node_id: self.node_id, watermark, crc32: 0 };
         record.crc32 = record.checksum();
         replace(&self.dir, &record).map_err(|error| io_error(&self.dir, "write identity.json", error))?;
         self.watermark = watermark;

@@ -46,11 +46,7 @@ impl Input {
             Self::Propose { command, .. } => command.len(),
             Self::Message { message, .. } => message.len(),
             Self::Snapshot { message, data, .. } => message.len() + data.len(),
-            Self::Read { .. }
-            | Self::Unreachable { .. }
-            | Self::SnapshotSent { .. }
-            | Self::TransferLeadership
-            | Self::Stop => 0,
+            Self::Read { .. } | Self::Unreachable { .. } | Self::SnapshotSent { .. } | Self::TransferLeadership | Self::Stop => 0,
         }
     }
 }

@@ -310,12 +310,7 @@ impl<L: LogStore> Shelf<L> {
     }
 
     /// Replaces the snapshot by one of our own and drops the entries that nobody will ask for.
-    pub(super) fn save_snapshot(
-        &mut self,
-        snapshot: Snapshot,
-        keep_entries: u64,
-        keep_bytes: u64,
-    ) -> Result<(), LogError> {
+    pub(super) fn save_snapshot(&mut self, snapshot: Snapshot, keep_entries: u64, keep_bytes: u64) -> Result<(), LogError> {
         let index = snapshot.get_metadata().index;
         let cut = self.tail.cut_before(index, keep_entries, keep_bytes);
         let base = (cut, self.tail.term(cut).unwrap_or_default());
@@ -436,14 +431,7 @@ pub(super) mod tests {
     fn a_tail_knows_the_terms_of_what_it_holds_and_of_the_entry_before() {
         let tail = tail();
         assert_eq!((tail.first(), tail.last()), (11, 20));
-        assert_eq!([9, 10, 11, 15, 20, 21].map(|index| tail.term(index)), [
-            None,
-            Some(2),
-            Some(2),
-            Some(3),
-            Some(3),
-            None
-        ]);
+        assert_eq!([9, 10, 11, 15, 20, 21].map(|index| tail.term(index)), [None, Some(2), Some(2), Some(3), Some(3), None]);
     }
 
     #[test]

@@ -61,10 +61,7 @@ const EFFECTS_MAX: usize = 1_024;
 ///
 /// # Errors
 /// [`StartError`]; nothing is left running.
-pub fn start(
-    settings: &Settings,
-    initial: ClusterState,
-) -> Result<(Consensus, RaftServer, DriverHandle), StartError> {
+pub fn start(settings: &Settings, initial: ClusterState) -> Result<(Consensus, RaftServer, DriverHandle), StartError> {
     settings.check().map_err(|problems| StartError::Settings { problems })?;
     tokio::runtime::Handle::try_current().map_err(|_| StartError::NoRuntime)?;
     let mut peers = std::collections::BTreeMap::new();

@@ -201,8 +201,7 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         let applied = metadata.index;
         restore(&mut machine, &stored.snapshot)?;
         let shelf = Shelf::new(store, stored);
-        let raw =
-            RawNode::new(&config(settings, applied), shelf, logger).map_err(|error| NodeError::Raft(error.to_string()))?;
+        let raw = RawNode::new(&config(settings, applied), shelf, logger).map_err(|error| NodeError::Raft(error.to_string()))?;
         let limits = Limits {
             snapshot_entries: settings.snapshot_entries,
             snapshot_bytes: settings.snapshot_bytes,
@@ -387,8 +386,7 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
             }
             // A new leader begins its term with an entry that says nothing.
             if !entry.data.is_empty() {
-                let outcome =
-                    self.machine.apply(index, &entry.data).map_err(|source| NodeError::Apply { index, source })?;
+                let outcome = self.machine.apply(index, &entry.data).map_err(|source| NodeError::Apply { index, source })?;
                 sink.applied(index, outcome);
             }
             self.applied = index;
@@ -461,7 +459,8 @@ fn config(settings: &Settings, applied: u64) -> Config {
         // Leases would trust clocks, which a paused process has none of.
         read_only_option: ReadOnlyOption::Safe,
         skip_bcast_commit: false,
-        batch_append: true,
+        // It would join messages beyond max_size_per_msg, up to all that are in flight.
+        batch_append: false,
         priority: 0,
     }
 }
@@ -505,8 +504,8 @@ fn restore<M: StateMachine>(machine: &mut M, snapshot: &Snapshot) -> Result<(), 
 
 fn send<O>(messages: Vec<Message>, sink: &mut impl Sink<O>) -> Result<(), NodeError> {
     for mut message in messages {
-        let snapshot = (message.get_msg_type() == MessageType::MsgSnapshot)
-            .then(|| std::mem::take(&mut message.mut_snapshot().data));
+        let snapshot =
+            (message.get_msg_type() == MessageType::MsgSnapshot).then(|| std::mem::take(&mut message.mut_snapshot().data));
         let to = message.to;
         let message = message.write_to_bytes().map_err(|error| NodeError::Raft(error.to_string()))?;
         sink.send(Envelope { to, message, snapshot });

@@ -36,9 +36,7 @@ pub struct PeerService {
 
 pub(super) fn server(consensus: Consensus, inbox: Inbox, shutdown: CancellationToken) -> RaftServer {
     let service = PeerService { consensus, inbox, transfers: Semaphore::new(TRANSFERS_MAX), shutdown };
-    RaftServiceServer::new(service)
-        .max_decoding_message_size(REQUEST_BYTES_MAX)
-        .max_encoding_message_size(REQUEST_BYTES_MAX)
+    RaftServiceServer::new(service).max_decoding_message_size(REQUEST_BYTES_MAX).max_encoding_message_size(REQUEST_BYTES_MAX)
 }
 
 impl PeerService {

@@ -47,12 +47,7 @@ pub struct Settings {
 
 impl Settings {
     /// Settings with the usual timing: a heartbeat each 50 ms, an election after 300 to 600 ms of silence.
-    pub fn new(
-        cluster_id: impl Into<String>,
-        id: u64,
-        peers: BTreeMap<u64, String>,
-        data_dir: impl Into<PathBuf>,
-    ) -> Self {
+    pub fn new(cluster_id: impl Into<String>, id: u64, peers: BTreeMap<u64, String>, data_dir: impl Into<PathBuf>) -> Self {
         Self {
             cluster_id: cluster_id.into(),
             id,
@@ -129,9 +124,7 @@ impl Settings {
 }
 
 fn is_host_port(address: &str) -> bool {
-    address
-        .rsplit_once(':')
-        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0))
+    address.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0))
 }
 
 /// One thing that is wrong with [`Settings`].

@@ -146,8 +146,10 @@ where
     let ended = session.run(inbound).await;
     let spoke = context.fleet.leave(&worker, number);
     metrics::WORKERS_JOINED.set(i64::try_from(context.fleet.sessions()).unwrap_or(i64::MAX));
-    tracing::info!(%worker, incarnation, ended = %ended.as_ref().map_or_else(|status| status.message(), |end| end.as_str()), "a worker's stream ended");
-    if spoke {
+    let why = ended.as_ref().map_or_else(|status| status.message(), |end| end.as_str());
+    tracing::info!(%worker, incarnation, why, "a worker's stream ended");
+    // Of a life that is over, its end is no news.
+    if spoke && !matches!(ended, Ok(End::Fenced)) {
         session.tell(Event::Lost { worker, incarnation }).await;
     }
     ended.map(|_| ())
@@ -287,9 +289,7 @@ impl<'a, C: Cluster> Session<'a, C> {
 
     /// Tells the worker what changed, or that its life is over.
     async fn keep_up(&mut self) -> Result<Option<End>, Status> {
-        if !self.context.fleet.speaks(&self.worker, self.number) {
-            return Ok(Some(End::Superseded));
-        }
+        let superseded = (!self.context.fleet.speaks(&self.worker, self.number)).then_some(End::Superseded);
         let (worker, incarnation, epoch_seen) = (&self.worker, self.incarnation, self.epoch_seen);
         let view = self.context.cluster.read(|state| {
             if epoch_seen == Some(state.epoch) {
@@ -302,11 +302,14 @@ impl<'a, C: Cluster> Session<'a, C> {
             };
             Some((state.epoch, floor, assignments(state, worker)))
         });
-        let Some((epoch, floor, assignments)) = view else { return Ok(None) };
+        let Some((epoch, floor, assignments)) = view else { return Ok(superseded) };
         if let Some(incarnation_min) = floor {
             let reason = format!("incarnation {incarnation} of worker {worker} is over since epoch {epoch}");
             self.wire.fence(reason, incarnation_min).await?;
             return Ok(Some(End::Fenced));
+        }
+        if superseded.is_some() {
+            return Ok(superseded);
         }
         self.epoch_seen = Some(epoch);
         self.report_due = !self.observed.is_empty();

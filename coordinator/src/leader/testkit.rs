@@ -204,6 +204,7 @@ impl Coordinator {
             loop {
                 tokio::select! {
                     () = killed.cancelled() => return,
+                    () = silent.cancelled(), if !silent.is_cancelled() => {} // looks again at who may speak
                     _ = ticks.tick(), if !silent.is_cancelled() => worker.beat(1 << 30),
                     heard = worker.responses.next() => match heard {
                         Some(Ok(JoinResponse { message: Some(join_response::Message::Intent(intent)) })) => {

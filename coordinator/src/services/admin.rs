@@ -75,7 +75,8 @@ impl AdminService for Admin {
     async fn repository(&self, _: Request<RepositoryRequest>) -> Result<Response<RepositoryResponse>, Status> {
         let repository = self.context.repository.clone();
         let index = tokio::task::spawn_blocking(move || repository.index()).await;
-        let index = index.map_err(|error| Reason::Internal.status(error.to_string()))?.map_err(|error| repository_status(&error))?;
+        let index =
+            index.map_err(|error| Reason::Internal.status(error.to_string()))?.map_err(|error| repository_status(&error))?;
         let state = self.context.consensus.state();
         let models = index.into_iter().map(|entry| RepositoryModel {
             deployed: state.deployment(&entry.name).is_some(),
@@ -140,6 +141,8 @@ fn epoch_of(outcome: &Outcome) -> u64 {
 fn command_id(bytes: &[u8]) -> Result<CommandId, Status> {
     match <[u8; 16]>::try_from(bytes) {
         Ok(id) => Ok(CommandId(id)),
-        Err(_) => Err(Reason::InvalidArgument.status(format!("command_id has {} bytes, it must have 16 random ones", bytes.len()))),
+        Err(_) => {
+            Err(Reason::InvalidArgument.status(format!("command_id has {} bytes, it must have 16 random ones", bytes.len())))
+        }
     }
 }

@@ -57,7 +57,8 @@ impl Inference {
             "" => Version::Highest,
             text => Version::Exactly(text.parse().map_err(|_| {
                 let shown: String = text.chars().take(64).collect();
-                Reason::InvalidArgument.status(format!("failed to get model version from specified version string '{shown}' (a number from 1)"))
+                Reason::InvalidArgument
+                    .status(format!("failed to get model version from specified version string '{shown}' (a number from 1)"))
             })?),
         };
         let routes = self.router.routes();
@@ -79,7 +80,9 @@ impl Inference {
                 models(&state, &self.context.fleet.plan(&state)).into_iter().find(|model| model.key.name == name)
             };
             match status {
-                None => return Err(Reason::LoadFailed.status(format!("load failed for model '{name}': it was unloaded meanwhile"))),
+                None => {
+                    return Err(Reason::LoadFailed.status(format!("load failed for model '{name}': it was unloaded meanwhile")));
+                }
                 Some(status) if status.state == ModelState::Ready => return Ok(()),
                 Some(status) if status.state == ModelState::Failed => {
                     return Err(Reason::LoadFailed.status(format!("load failed for model '{name}': {}", status.reason)));
@@ -116,14 +119,8 @@ impl GrpcInferenceService for Inference {
     }
 
     async fn server_metadata(&self, _: Request<ServerMetadataRequest>) -> Answer<ServerMetadataResponse> {
-        let extensions = [
-            "sequence",
-            "sequence(string_id)",
-            "model_repository",
-            "model_configuration",
-            "binary_tensor_data",
-            "parameters",
-        ];
+        let extensions =
+            ["sequence", "sequence(string_id)", "model_repository", "model_configuration", "binary_tensor_data", "parameters"];
         Ok(Response::new(ServerMetadataResponse {
             name: "cresset".into(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -202,9 +199,8 @@ impl GrpcInferenceService for Inference {
         let deployed = self.context.deploy(CommandId(rand::random()), &name, 0, 0, deadline).await;
         deployed.map_err(|status| match Reason::of(&status) {
             // Triton's words, and its code.
-            Some(Reason::UnknownModel) => {
-                Reason::LoadFailed.status(format!("failed to load '{name}', failed to poll from model repository: {}", status.message()))
-            }
+            Some(Reason::UnknownModel) => Reason::LoadFailed
+                .status(format!("failed to load '{name}', failed to poll from model repository: {}", status.message())),
             _ => status,
         })?;
         self.until_ready(&name, deadline).await?;

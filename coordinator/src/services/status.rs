@@ -12,7 +12,8 @@ use cresset_core::{
 };
 use cresset_proto::{
     admin::v1::{
-        self, Coordinator, CoordinatorRole, Model, StatusRequest, StatusResponse, Worker, admin_service_client::AdminServiceClient,
+        self, Coordinator, CoordinatorRole, Model, StatusRequest, StatusResponse, Worker,
+        admin_service_client::AdminServiceClient,
     },
     fleet::v1::Device,
 };
@@ -48,7 +49,11 @@ impl Context {
     /// The status, from the leader if there is one.
     pub(super) async fn status(&self, request: &StatusRequest) -> StatusResponse {
         if request.only_self {
-            return StatusResponse { coordinators: vec![self.own_role()], answered_by: self.id.to_string(), ..Default::default() };
+            return StatusResponse {
+                coordinators: vec![self.own_role()],
+                answered_by: self.id.to_string(),
+                ..Default::default()
+            };
         }
         if !request.allow_stale
             && let Some(answer) = self.ask_leader().await
@@ -134,8 +139,7 @@ impl Context {
 
     /// Every coordinator's role, from itself; one that doesn't answer is unreachable.
     async fn roles(&self) -> Vec<Coordinator> {
-        let peers: Vec<(PeerId, PeerInfo)> =
-            self.consensus.state().peers.iter().map(|(id, info)| (*id, info.clone())).collect();
+        let peers: Vec<(PeerId, PeerInfo)> = self.consensus.state().peers.iter().map(|(id, info)| (*id, info.clone())).collect();
         join_all(peers.into_iter().map(|(id, info)| async move {
             if id == self.id {
                 return self.own_role();

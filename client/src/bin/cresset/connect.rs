@@ -13,6 +13,8 @@ use cresset_proto::{
 use tokio::time::{Instant, sleep, timeout};
 use tonic::{Code, Request, Response, Status, Streaming, transport::Channel};
 
+/// Each coordinator gets at least this long for a call, however many there are.
+const SHARE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
@@ -41,15 +43,33 @@ impl Cluster {
     }
 
     /// Asks one coordinator after the other until one answers. `ask` is told how long it may take, and may run again.
+    /// Coordinators share the time, since one that is cut off from the others may hold a call for long.
     ///
     /// # Errors
     /// [`CallError`]: one said no for good, or nobody answered in time.
     pub async fn call<T>(&self, ask: impl AsyncFn(Channel, Duration) -> Result<Response<T>, Status>) -> Result<T, CallError> {
+        let count = u32::try_from(self.coordinators.addresses().len()).unwrap_or(1).max(1);
+        let share = (self.timeout / count).max(SHARE_MIN).min(self.timeout);
+        let shared = async |channel, _| match timeout(share, ask(channel, share)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(Status::unavailable(format!("no answer within {}", crate::output::seconds(share)))),
+        };
+        self.call_patiently(shared).await
+    }
+
+    /// As [`Cluster::call`], for what may take all the time there is.
+    ///
+    /// # Errors
+    /// As [`Cluster::call`].
+    pub async fn call_patiently<T>(
+        &self,
+        ask: impl AsyncFn(Channel, Duration) -> Result<Response<T>, Status>,
+    ) -> Result<T, CallError> {
         let (ask, limit) = (&ask, self.timeout);
         self.coordinators.call(limit, move |channel| ask(channel, limit)).await
     }
 
-    /// As [`Cluster::call`], for what must not run twice: only a coordinator that certainly didn't run it is left for
+    /// As [`Cluster::call_patiently`], for what must not run twice: only a coordinator that certainly didn't run it is left for
     /// another.
     ///
     /// # Errors
@@ -64,7 +84,7 @@ impl Cluster {
             // An answer, as far as trying on is concerned.
             Err(status) => Ok(Response::new(Err(status))),
         };
-        self.call(once).await?.map_err(CallError::Refused)
+        self.call_patiently(once).await?.map_err(CallError::Refused)
     }
 
     /// Follows the cluster's status, on whatever coordinator has it to tell.

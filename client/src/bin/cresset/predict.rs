@@ -138,7 +138,7 @@ async fn metadata(cluster: &Cluster, name: &str, version: &str) -> Result<ModelM
 async fn infer(cluster: &Cluster, message: ModelInferRequest, has_state: bool) -> Result<ModelInferResponse, CallError> {
     // A stateless request may be run again; a request of a sequence may not, as it changes the sequence's state.
     let ask = async |channel, limit| client(channel).model_infer(request(message.clone(), limit)).await;
-    if has_state { cluster.call_once(ask).await } else { cluster.call(ask).await }
+    if has_state { cluster.call_once(ask).await } else { cluster.call_patiently(ask).await }
 }
 
 fn declared_inputs(metadata: &ModelMetadataResponse) -> BTreeMap<&str, Declared> {

@@ -33,6 +33,8 @@ pub struct Report {
     pub epoch: u64,
     /// The coordinator that told.
     pub answered_by: String,
+    /// Whether nothing newer had been agreed on, as the leader confirmed. False while there is no leader.
+    pub current: bool,
     pub coordinators: Vec<Coordinator>,
     pub workers: Vec<Worker>,
     pub models: Vec<Model>,
@@ -121,6 +123,7 @@ impl From<StatusResponse> for Report {
             cluster_id: status.cluster_id,
             epoch: status.epoch,
             answered_by: status.answered_by,
+            current: status.current,
             coordinators: status.coordinators.into_iter().map(Coordinator::from).collect(),
             workers: status.workers.into_iter().map(Worker::from).collect(),
             models: status.models.into_iter().map(Model::from).collect(),
@@ -229,6 +232,9 @@ impl From<admin::Model> for Model {
 /// When no coordinator answers, or stdout can't be written.
 pub async fn run(cluster: &Cluster, args: &Args, format: Format) -> anyhow::Result<()> {
     let report = ask(cluster).await?;
+    if !report.current {
+        eprintln!("cresset: this is {}'s own copy and may be old: no leader confirmed it", report.answered_by);
+    }
     if !args.watch {
         match format {
             Format::Json => output::print_json(&report)?,
@@ -268,17 +274,17 @@ async fn ask(cluster: &Cluster) -> Result<Report, CallError> {
     const CURRENT_TIMEOUT_MAX: Duration = Duration::from_secs(5);
     let half = (cluster.timeout() / 2).min(CURRENT_TIMEOUT_MAX);
     let tried = match status(&cluster.within(half), false).await {
-        Ok(current) => return Ok(Report::from(current)),
+        Ok(answer) => return Ok(Report::from(answer)),
         Err(CallError::Unanswered { tried, .. }) => tried,
         Err(error) => return Err(error),
     };
-    let why = tried.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
     let copy = match status(&cluster.within(cluster.timeout() - half), true).await {
         Ok(copy) => Report::from(copy),
         Err(CallError::Unanswered { tried, .. }) => return Err(CallError::Unanswered { timeout: cluster.timeout(), tried }),
         Err(error) => return Err(error),
     };
-    eprintln!("cresset: this is {}'s own copy and may be old: nobody could say what is current ({why})", copy.answered_by);
+    let why = tried.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    eprintln!("cresset: nobody could say what is current: {why}");
     Ok(copy)
 }
 
@@ -384,6 +390,7 @@ pub mod tests {
             cluster_id: "local-0123abcd".to_owned(),
             epoch: 12,
             answered_by: "c2".to_owned(),
+            current: true,
             coordinators: vec![
                 coordinator("c10", CoordinatorRole::Candidate),
                 coordinator("c2", CoordinatorRole::Leader),
@@ -410,6 +417,7 @@ pub mod tests {
     #[test]
     fn the_json_shape_is_the_contract() {
         let json = serde_json::to_value(Report::from(example())).unwrap();
+        assert_eq!(json["current"], true);
         assert_eq!(json["coordinators"][0]["id"], "c1");
         assert_eq!(json["coordinators"][0]["role"], "unreachable");
         assert_eq!(json["coordinators"][1]["role"], "leader");

@@ -163,8 +163,7 @@ fn old_files_go_away() {
     for round in 0..60_u64 {
         let entries: Vec<_> = (0..100).map(|n| entry(2 + round * 100 + n, 1, &incompressible(round, n))).collect();
         let last = entries[99].index;
-        log.append(&Batch { entries: &entries, hard_state: hard_state(1, 1, last), sync: true, ..Batch::default() })
-            .unwrap();
+        log.append(&Batch { entries: &entries, hard_state: hard_state(1, 1, last), sync: true, ..Batch::default() }).unwrap();
         log.append(&Batch {
             snapshot: Some(&snapshot(last, 1, b"s")),
             compact: Some((last - 10, 1)),

@@ -29,8 +29,10 @@ const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// A life this long makes earlier deaths forgotten.
 const HEALTHY_LIFE: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
-/// The command line's own settings, which mean something else to a coordinator or a worker.
-const OWN_VARIABLES: [&str; 4] = ["CRESSET_CONFIG", "CRESSET_ENDPOINTS", "CRESSET_TIMEOUT", "CRESSET_OUTPUT"];
+/// The command line's own settings, which mean something else to a coordinator or a worker, and their file: one can't
+/// be right for both kinds.
+const OWN_VARIABLES: [&str; 5] =
+    ["CRESSET_CONFIG", "CRESSET_CONFIG_FILE", "CRESSET_ENDPOINTS", "CRESSET_TIMEOUT", "CRESSET_OUTPUT"];
 
 /// One process to run.
 #[derive(Debug, Clone)]

@@ -289,17 +289,18 @@ impl<'a> Up<'a> {
         repaint.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
+                biased;
                 () = signals.next() => return Ok(()),
                 event = self.fleet.next() => self.on_event(event)?,
-                reached = &mut reaching, if !self.is_ready => {
-                    reached?;
-                    self.became_ready()?;
-                }
                 Ok(()) = statuses.changed() => {
                     let report = statuses.borrow_and_update().clone();
                     if let Some(report) = report {
                         self.on_report(&report);
                     }
+                }
+                reached = &mut reaching, if !self.is_ready => {
+                    reached?;
+                    self.became_ready()?;
                 }
                 _ = repaint.tick() => {
                     let report = statuses.borrow().clone();
@@ -345,7 +346,8 @@ impl<'a> Up<'a> {
 
     fn on_report(&mut self, report: &Report) {
         let now_ms = self.now_ms();
-        for line in self.narrator.tell(report, now_ms) {
+        let starting = (!self.is_ready).then(|| self.goal.of_this_life(report));
+        for line in self.narrator.tell(starting.as_ref().unwrap_or(report), now_ms) {
             self.screen.say(&line);
         }
         self.rates.note(report, now_ms);

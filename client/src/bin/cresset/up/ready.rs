@@ -90,6 +90,16 @@ pub async fn reach(goal: Goal, mut statuses: Statuses) -> Result<(), ReadyError>
 }
 
 impl Goal {
+    /// What the report says about this life of the cluster: one that was started again begins with what it last knew.
+    pub fn of_this_life(&self, report: &Report) -> Report {
+        let mut report = report.clone();
+        if !self.missing(&report).is_empty() {
+            report.models.clear();
+        }
+        report.workers.retain(|worker| worker.incarnation >= self.incarnation_min);
+        report
+    }
+
     fn missing(&self, report: &Report) -> Vec<String> {
         let here = |id: &&String| {
             let mut workers = report.workers.iter();
@@ -206,6 +216,16 @@ mod tests {
         report.workers[1].replicas[0].state = "failed";
         assert_eq!(served(&report, "vad"), Some(Ok(())));
         assert_eq!(served(&report, "unknown"), None);
+    }
+
+    #[test]
+    fn what_an_earlier_life_left_behind_is_not_told() {
+        let mut report = Report::from(example());
+        report.workers[1].state = "ready";
+        assert_eq!(goal().of_this_life(&report), report);
+        report.workers[1].incarnation = 1;
+        let told = goal().of_this_life(&report);
+        assert_eq!((told.workers.len(), told.models.len()), (1, 0));
     }
 
     #[tokio::test]

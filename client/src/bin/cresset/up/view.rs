@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     io,
+    time::Duration,
 };
 
 use console::Term;
@@ -77,7 +78,8 @@ impl Narrator {
             lines.push(match model.state {
                 "ready" => match self.loading_since_ms.remove(&key) {
                     Some(since) => {
-                        format!("{label}: ready in {:.1} s ({replicas})", now_ms.saturating_sub(since) as f64 / 1000.0)
+                        let after = output::seconds(Duration::from_millis(now_ms.saturating_sub(since)));
+                        format!("{label}: ready in {after} ({replicas})")
                     }
                     None => format!("{label}: ready ({replicas})"),
                 },
