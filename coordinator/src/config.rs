@@ -212,4 +212,10 @@ mod tests {
         let args = ["--id", "c3", "--cluster-id", "x", "--peers", "c1=h:1", "--data-dir", "d", "--model-repository", "."];
         assert!(read(&args).unwrap_err().to_string().contains("config: peers: lacks c3"));
     }
+
+    #[test]
+    fn the_example_in_deploy_is_right_but_for_its_folders() {
+        let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/config/coordinator.toml");
+        read(&["--config", example, "--model-repository", "."]).unwrap();
+    }
 }

@@ -20,7 +20,7 @@ pub mod services;
 use std::{sync::Arc, time::Duration};
 
 use cresset_client::{RouterSettings, repository::Repository};
-use cresset_core::{ClusterState, Command, CommandBody, CommandId, PeerId, state::PeerInfo};
+use cresset_core::{ClusterState, Command, CommandBody, CommandId, Outcome, PeerId, state::PeerInfo};
 use cresset_proto::{DESCRIPTORS, fleet::v1::membership_service_server::MembershipServiceServer};
 use cresset_runtime::server;
 use tokio::{net::TcpListener, time::Instant};
@@ -128,9 +128,17 @@ async fn logged(port: &'static str, server: impl Future<Output = Result<(), serv
 /// Tells the cluster where this coordinator is, until it knows.
 async fn announce(consensus: Consensus, id: PeerId, info: PeerInfo) {
     let command = Command { id: CommandId(rand::random()), body: CommandBody::AnnouncePeer { peer: id, info: info.clone() } };
+    let mut applied = consensus.applied();
     while consensus.state().peers.get(&id) != Some(&info) {
-        if let Err(error) = consensus.propose_retrying(&command, Instant::now() + ANNOUNCE).await {
-            tracing::debug!(%error, "this coordinator's addresses aren't known to the cluster yet");
+        match consensus.propose_retrying(&command, Instant::now() + ANNOUNCE).await {
+            Ok(Outcome::Rejected(reject)) => {
+                tracing::error!(%reject, "the cluster doesn't take this coordinator's addresses; clients won't find it");
+                return;
+            }
+            // It is agreed on, and will be applied here too.
+            Ok(_) => drop(applied.wait_for(|_| consensus.state().peers.get(&id) == Some(&info)).await),
+            Err(error) if !error.retryable() => return,
+            Err(error) => tracing::debug!(%error, "this coordinator's addresses aren't known to the cluster yet"),
         }
     }
 }

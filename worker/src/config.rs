@@ -185,4 +185,10 @@ mod tests {
             assert!(text.contains(&format!("config: {name}")), "{name} in {text}");
         }
     }
+
+    #[test]
+    fn the_example_in_deploy_is_right_but_for_its_folders() {
+        let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/config/worker.toml");
+        read(&["--config", example, "--model-repository", "."]).unwrap();
+    }
 }

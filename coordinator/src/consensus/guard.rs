@@ -9,8 +9,8 @@ use raft::{
 
 /// Terms and indexes stay far below the end of their type, so that arithmetic on them can't overflow.
 const NUMBER_MAX: u64 = 1 << 48;
-/// Most entries in one message.
-const ENTRIES_MAX: usize = 1 << 16;
+/// Most entries in one message; those of the largest message are fewer.
+const ENTRIES_MAX: usize = 1 << 18;
 
 /// Why a peer's message was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -7,7 +7,11 @@ use std::{
     time::Duration,
 };
 
-use cresset_core::{ClusterState, Command, CommandBody, CommandId, Outcome, PeerId, state::PeerInfo};
+use cresset_core::{
+    ClusterState, Command, CommandBody, CommandId, Outcome, PeerId,
+    command::{CONFIG_BYTES_MAX, DeploySpec},
+    state::PeerInfo,
+};
 use cresset_proto::raft::v1::{DeliverRequest, ReadIndexRequest, raft_service_client::RaftServiceClient};
 use tokio::{runtime::Runtime, sync::watch, time::Instant};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -208,6 +212,40 @@ async fn many_callers_at_once_get_one_answer_each() {
     let expected: Vec<u64> = (1..=60).flat_map(|epoch| [epoch, epoch]).collect();
     assert_eq!(epochs, expected);
     cluster.agreed(60).await;
+}
+
+/// A command that is as long as they get.
+fn deploy_largest(n: u8) -> Command {
+    let spec = DeploySpec {
+        name: format!("model-{n}"),
+        version: 1,
+        config: vec![n; CONFIG_BYTES_MAX].into(),
+        digest: String::new(),
+        size_bytes: 1,
+        replicas_wanted: 1,
+        shards: 1,
+        platform: String::new(),
+    };
+    Command { id: CommandId([n; 16]), body: CommandBody::Deploy(spec) }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_largest_commands_get_through_together_and_as_a_snapshot_in_chunks() {
+    let mut cluster = Cluster::new(|settings| settings.snapshot_bytes = 4 << 20).await;
+    let leader = cluster.elected().await;
+    let away = leader % 3 + 1;
+    cluster.kill(away).await;
+    let mut callers = tokio::task::JoinSet::new();
+    for n in 0..12 {
+        let consensus = cluster.any().clone();
+        callers.spawn(async move { consensus.propose_retrying(&deploy_largest(n), Instant::now() + PATIENCE).await });
+    }
+    while let Some(answer) = callers.join_next().await {
+        assert!(matches!(answer.unwrap(), Ok(Outcome::Deployed { .. })));
+    }
+    cluster.start(away).await;
+    cluster.agreed(12).await;
+    assert_eq!(cluster.members[&away].consensus.state().models.len(), 12);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

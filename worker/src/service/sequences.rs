@@ -100,7 +100,8 @@ fn find(worker: &Worker, open: &Open) -> Result<Arc<ServedModel>, PredictError> 
         PredictError::UnknownModel(model) | PredictError::UnknownVersion { model, .. } => PredictError::Unloaded(model),
         other => other,
     })?;
-    if served.generation == open.generation {
+    // A replica that was tried again is of a later generation than its deployment, and as good.
+    if served.generation >= open.generation {
         Ok(served)
     } else {
         let (running, wanted) = (served.generation, open.generation);
