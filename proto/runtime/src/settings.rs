@@ -93,7 +93,7 @@ impl Program {
                 Arg::new("config")
                     .long("config")
                     .value_name("FILE")
-                    .env("CRESSET_CONFIG_FILE")
+                    .env("CRESSET_CONFIG")
                     .help("A TOML file with any of the settings below, by their names"),
             )
             .arg(

@@ -29,10 +29,11 @@ const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// A life this long makes earlier deaths forgotten.
 const HEALTHY_LIFE: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long coordinators are left to hear of the workers' end.
+const WORKERS_AHEAD: Duration = Duration::from_millis(500);
 /// The command line's own settings, which mean something else to a coordinator or a worker, and their file: one can't
 /// be right for both kinds.
-const OWN_VARIABLES: [&str; 5] =
-    ["CRESSET_CONFIG", "CRESSET_CONFIG_FILE", "CRESSET_ENDPOINTS", "CRESSET_TIMEOUT", "CRESSET_OUTPUT"];
+const OWN_VARIABLES: [&str; 4] = ["CRESSET_CONFIG", "CRESSET_ENDPOINTS", "CRESSET_TIMEOUT", "CRESSET_OUTPUT"];
 
 /// One process to run.
 #[derive(Debug, Clone)]
@@ -194,18 +195,27 @@ impl Fleet {
         for entry in &mut self.entries {
             entry.restart_at = None;
         }
-        self.signal(Signal::SIGTERM);
+        // Workers first, so that there is a leader to say goodbye to; but a leader that doesn't answer holds nobody up.
+        self.signal(Signal::SIGTERM, |process| !process.is_coordinator);
+        let mut coordinators_at = Some(Instant::now() + WORKERS_AHEAD);
         let deadline = Instant::now() + STOP_TIMEOUT;
         while self.is_alive() {
+            let workers_live = self.entries.iter().any(|entry| entry.pid.is_some() && !entry.process.is_coordinator);
+            if coordinators_at.take_if(|at| !workers_live || *at <= Instant::now()).is_some() {
+                self.signal(Signal::SIGTERM, |process| process.is_coordinator);
+            }
+            let wake = coordinators_at.unwrap_or(deadline);
             tokio::select! {
-                exit = timeout_at(deadline, self.exits.recv()) => match exit {
+                exit = timeout_at(wake, self.exits.recv()) => match exit {
                     Ok(Some(exit)) => drop(self.died(&exit)),
-                    Ok(None) | Err(_) => break,
+                    Ok(None) => break,
+                    Err(_) if wake == deadline => break,
+                    Err(_) => {}
                 },
                 () = signals.next_interrupt() => break,
             }
         }
-        let killed = self.signal(Signal::SIGKILL);
+        let killed = self.signal(Signal::SIGKILL, |_| true);
         let deadline = Instant::now() + STOP_TIMEOUT;
         while self.is_alive() {
             match timeout_at(deadline, self.exits.recv()).await {
@@ -216,13 +226,14 @@ impl Fleet {
         killed
     }
 
-    /// Sends a signal to everyone that runs. A process that ended is taken off first, so that no number that may belong
+    /// Sends a signal to everyone of those that runs. A process that ended is taken off first, so that no number that may belong
     /// to someone else by now is ever used: ends are noticed on this thread only.
-    fn signal(&mut self, signal: Signal) -> usize {
+    fn signal(&mut self, signal: Signal, those: impl Fn(&Process) -> bool) -> usize {
         while let Ok(exit) = self.exits.try_recv() {
             self.died(&exit);
         }
-        self.entries.iter().filter_map(|entry| entry.pid).filter(|pid| kill(*pid, signal).is_ok()).count()
+        let those = self.entries.iter().filter(|entry| those(&entry.process));
+        those.filter_map(|entry| entry.pid).filter(|pid| kill(*pid, signal).is_ok()).count()
     }
 }
 

@@ -231,8 +231,15 @@ impl Layout<'_> {
             ("--coordinators", coordinators.into()),
             ("--device", self.settings.device.clone().into()),
             ("--zone", "local".into()),
+            // The workers share one machine: more threads than cores would make all of them slower.
+            ("--intra-op-threads", self.threads_per_worker().to_string().into()),
         ];
         self.process(format!("w{}", n + 1), self.settings.coordinators + n, program, more)
+    }
+
+    fn threads_per_worker(&self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        (cores / self.settings.workers.max(1)).max(1)
     }
 
     fn process<const N: usize>(
@@ -300,7 +307,8 @@ mod tests {
             words(&worker),
             format!(
                 "--id w1 --grpc 127.0.0.1:8021 --http 127.0.0.1:8022 --model-repository models --exit-with-parent {pid} \
-                 --coordinators 127.0.0.1:8003,127.0.0.1:8013 --device cpu --zone local"
+                 --coordinators 127.0.0.1:8003,127.0.0.1:8013 --device cpu --zone local --intra-op-threads {}",
+                layout.threads_per_worker()
             )
         );
         assert_eq!(worker.log, Path::new("data/logs/w1.log"));
