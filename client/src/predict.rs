@@ -13,6 +13,7 @@ mod unary;
 use std::sync::Arc;
 
 use cresset_proto::{
+    ids::model_version,
     inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse},
     parameters::Parameters,
     reason::Reason,
@@ -25,6 +26,7 @@ use tokio::{
 use tonic::Status;
 
 pub use call::CallOptions;
+pub use stream::until_end;
 
 use crate::{
     predict::sessions::Sessions,
@@ -64,6 +66,12 @@ impl Router {
     /// The newest routes.
     pub fn routes(&self) -> Arc<RouteTable> {
         self.0.routes.borrow().clone()
+    }
+
+    /// Waits until the routes are of this epoch, or a later one. Returns at once when nobody feeds them any more.
+    pub async fn wait_for_epoch(&self, epoch: u64) {
+        let mut routes = self.0.routes.clone();
+        let _ = routes.wait_for(|table| table.epoch() >= epoch).await;
     }
 
     /// How many sequences are open, as it changes.
@@ -198,17 +206,10 @@ fn lookup<'a>(table: &'a RouteTable, name: &str, version: Version) -> Result<&'a
 
 /// Reads `model_version`: empty for the highest that is served, else a number from 0.
 fn version_of(text: &str) -> Result<Version, Status> {
-    if text.is_empty() {
-        return Ok(Version::Highest);
+    match model_version(text) {
+        Ok(version) => Ok(version.map_or(Version::Highest, Version::Exactly)),
+        Err(error) => Err(Reason::InvalidArgument.status(error.to_string())),
     }
-    if let Ok(version) = text.parse::<u64>() {
-        return Ok(Version::Exactly(version));
-    }
-    let shown: String = text.chars().take(40).collect();
-    Err(Reason::InvalidArgument.status(match text.parse::<i64>() {
-        Ok(_) => format!("invalid model version specified '{shown}': it must be 0 or more"),
-        Err(_) => format!("failed to get model version from specified version string '{shown}' (it must be a whole number)"),
-    }))
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use cresset_proto::{
     admin::v1::admin_service_server::AdminServiceServer, fleet::v1::routes_service_server::RoutesServiceServer,
     inference::grpc_inference_service_server::GrpcInferenceServiceServer, metadata::timeout, reason::Reason,
 };
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, codec::CompressionEncoding, metadata::MetadataMap, service::Routes};
 
@@ -52,10 +52,18 @@ impl Context {
         read.map_err(|error| Reason::Internal.status(error.to_string()))?.map_err(|error| repository_status(&error))
     }
 
-    /// Has a command agreed on; a rejection is an error.
-    async fn agree(&self, command: &Command, deadline: Instant) -> Result<Outcome, Status> {
+    /// Has a command agreed on, and waits until this coordinator knows of it too: who asks it next may count on that.
+    async fn propose(&self, command: &Command, deadline: Instant) -> Result<Outcome, Status> {
         let outcome = self.consensus.propose_retrying(command, deadline).await.map_err(|error| propose_status(&error))?;
-        outcome.accepted().map_err(|reject| reject_status(&reject))
+        let (epoch, mut applied) = (admin::epoch_of(&outcome), self.consensus.applied());
+        // It is agreed in any case; one that can't catch up in time only says so later than it could.
+        let _ = timeout_at(deadline, applied.wait_for(|applied| applied.epoch >= epoch)).await;
+        Ok(outcome)
+    }
+
+    /// [`propose`](Self::propose), where a rejection is an error.
+    async fn agree(&self, command: &Command, deadline: Instant) -> Result<Outcome, Status> {
+        self.propose(command, deadline).await?.accepted().map_err(|reject| reject_status(&reject))
     }
 }
 

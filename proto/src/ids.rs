@@ -64,6 +64,32 @@ pub fn check_model_name(name: &str) -> Result<(), IdError> {
     if bad { Err(IdError::Model(cut(name))) } else { Ok(()) }
 }
 
+/// Reads `model_version`: `None` for empty, which means the highest that is served.
+///
+/// # Errors
+/// [`VersionError`], in Triton's words, since clients test on them.
+pub fn model_version(text: &str) -> Result<Option<u64>, VersionError> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    match (text.parse::<u64>(), text.parse::<i64>()) {
+        (Ok(version), _) => Ok(Some(version)),
+        (Err(_), Ok(_)) => Err(VersionError::Negative(cut(text))),
+        (Err(_), Err(_)) => Err(VersionError::NotANumber(cut(text))),
+    }
+}
+
+/// What is wrong with a `model_version`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum VersionError {
+    /// Not a number, or too large a one.
+    #[error("failed to get model version from specified version string '{0}' (it must be a whole number, or empty)")]
+    NotANumber(String),
+    /// Below zero.
+    #[error("invalid model version specified '{0}': it must be 0 or more, or empty")]
+    Negative(String),
+}
+
 /// What is wrong with a name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
@@ -110,6 +136,22 @@ mod tests {
         assert_eq!("c3".parse::<PeerId>().unwrap(), PeerId(3));
         assert_eq!(PeerId(3).to_string(), "c3");
         assert_eq!("gpu-7.rack_2".parse::<WorkerId>().unwrap().as_str(), "gpu-7.rack_2");
+    }
+
+    #[test]
+    fn versions_are_numbers_or_nothing() {
+        assert_eq!(model_version(""), Ok(None));
+        assert_eq!(model_version("7"), Ok(Some(7)));
+        assert_eq!(model_version(&u64::MAX.to_string()), Ok(Some(u64::MAX)));
+        for (text, words) in [
+            ("latest", "failed to get model version from specified version string 'latest'"),
+            ("1.0", "failed to get model version from specified version string '1.0'"),
+            ("99999999999999999999", "failed to get model version"),
+            ("-1", "invalid model version specified '-1'"),
+        ] {
+            let error = model_version(text).unwrap_err().to_string();
+            assert!(error.starts_with(words), "{error}");
+        }
     }
 
     #[test]

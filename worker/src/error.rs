@@ -1,5 +1,5 @@
 //! Why a worker refuses or fails a request, and the one table from there to the wire.
-use cresset_proto::{parameters::ParameterError, reason::Reason, tensor::TensorError};
+use cresset_proto::{ids::VersionError, parameters::ParameterError, reason::Reason, tensor::TensorError};
 use tonic::Status;
 
 use crate::{admission::AdmissionError, engine::EngineError};
@@ -19,15 +19,8 @@ pub enum PredictError {
         version: u64,
     },
     /// The version isn't a number.
-    #[error(
-        "failed to get model version from specified version string '{version}' for model '{model}'; it must be a number from 1, or empty"
-    )]
-    BadVersion {
-        /// The model.
-        model: String,
-        /// What was sent.
-        version: String,
-    },
+    #[error(transparent)]
+    BadVersion(#[from] VersionError),
     /// The caller means another deployment of the model than the one that runs.
     #[error("model '{model}' runs as generation {running} here, the request is for {wanted}")]
     WrongGeneration {
@@ -138,7 +131,7 @@ impl PredictError {
             Self::SequencesFull { .. } => Reason::SequencesFull,
             Self::Deadline => Reason::DeadlineExceeded,
             Self::Parameter(error) => error.reason(),
-            Self::BadVersion { .. }
+            Self::BadVersion(_)
             | Self::Tensor(_)
             | Self::Admission(_)
             | Self::NoSequenceId(_)

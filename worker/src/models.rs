@@ -13,6 +13,7 @@ use bytes::Bytes;
 use cresset_client::repository::Repository;
 use cresset_proto::{
     fleet::v1::{Assignment, Intent, ObservedReplica, ReplicaState},
+    ids::model_version,
     inference::ModelConfig,
     tensor::element_count,
 };
@@ -134,14 +135,7 @@ impl Models {
     /// # Errors
     /// [`PredictError::BadVersion`], [`PredictError::UnknownModel`], [`PredictError::UnknownVersion`].
     pub fn find(&self, model: &str, version: &str) -> Result<Arc<ServedModel>, PredictError> {
-        let wanted =
-            match version {
-                "" => None,
-                text => Some(text.parse::<u64>().map_err(|_| PredictError::BadVersion {
-                    model: model.to_owned(),
-                    version: text.chars().take(64).collect(),
-                })?),
-            };
+        let wanted = model_version(version)?;
         let table = self.inner.table.load();
         let versions = table.get(model).ok_or_else(|| PredictError::UnknownModel(model.to_owned()))?;
         let found = match wanted {

@@ -3,7 +3,7 @@
 //! Requests are begun one after the other, so that those of one sequence keep their order, and a bounded number of them runs
 //! at a time. Everything is polled by whoever reads the answers: a slow reader slows the reading of requests, and dropping
 //! the stream cancels what is under way.
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use cresset_proto::{
     inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse},
@@ -11,6 +11,7 @@ use cresset_proto::{
     reason::Reason,
 };
 use futures::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
+use tokio::time::{Instant, timeout_at};
 use tonic::Status;
 
 use super::{CallOptions, Inner, Work, call::dress, received, unary};
@@ -20,6 +21,9 @@ const STATUS_CODE: &str = "cresset_status_code";
 /// The reason of an error on a stream.
 const STATUS_REASON: &str = "cresset_reason";
 
+/// How much longer than its stream a request may take.
+const DEADLINE_GRACE: Duration = Duration::from_millis(250);
+
 type Answer = Result<ModelStreamInferResponse, Status>;
 
 pub(super) fn run<S>(router: Arc<Inner>, requests: S, options: CallOptions) -> impl Stream<Item = Answer> + Send + 'static
@@ -27,9 +31,11 @@ where
     S: Stream<Item = Result<ModelInferRequest, Status>> + Send + 'static,
 {
     let at_once = router.settings.stream_requests_max.max(1);
-    let options = Arc::new(options);
+    let ends_at = options.deadline;
+    // The deadline is the stream's, and ends it as a whole: no request may claim it for itself before.
+    let options = Arc::new(CallOptions { deadline: ends_at.map(|at| at + DEADLINE_GRACE), ..options });
     let answers = requests.then(move |request| begin(Arc::clone(&router), request, Arc::clone(&options))).buffered(at_once);
-    until_error(answers)
+    until_end(answers, ends_at)
 }
 
 /// Begins a request and returns what will be its answer.
@@ -82,11 +88,20 @@ fn finish(result: Result<ModelInferResponse, Status>, mut echo: ModelInferRespon
     Ok(ModelStreamInferResponse { error_message, infer_response: Some(response) })
 }
 
-/// The stream up to and with its first error.
-fn until_error(answers: impl Stream<Item = Answer> + Send + 'static) -> impl Stream<Item = Answer> + Send + 'static {
-    stream::unfold(Some(answers.boxed()), |answers| async {
+/// Answers up to and with the first error, which at the deadline is that it has passed. What is under way then is dropped
+/// with the stream that comes in.
+pub fn until_end<T: Send + 'static>(
+    answers: impl Stream<Item = Result<T, Status>> + Send + 'static,
+    deadline: Option<Instant>,
+) -> impl Stream<Item = Result<T, Status>> + Send + 'static {
+    stream::unfold(Some(answers.boxed()), move |answers| async move {
         let mut answers = answers?;
-        match answers.next().await? {
+        let next = match deadline {
+            Some(deadline) => timeout_at(deadline, answers.next()).await,
+            None => Ok(answers.next().await),
+        };
+        let late = |_| Some(Err(Reason::DeadlineExceeded.status("the stream's deadline passed")));
+        match next.unwrap_or_else(late)? {
             Ok(answer) => Some((Ok(answer), Some(answers))),
             Err(status) => Some((Err(status), None)),
         }

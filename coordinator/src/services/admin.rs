@@ -123,15 +123,14 @@ impl Context {
     /// Undeploys a model; one that isn't deployed is fine.
     pub(super) async fn undeploy(&self, name: &str, deadline: Instant) -> Result<(), Status> {
         let command = Command { id: CommandId(rand::random()), body: CommandBody::Undeploy { name: name.to_owned() } };
-        let outcome = self.consensus.propose_retrying(&command, deadline).await.map_err(|error| super::propose_status(&error))?;
-        match outcome.accepted() {
+        match self.propose(&command, deadline).await?.accepted() {
             Ok(_) | Err(Reject::UnknownModel { .. }) => Ok(()),
             Err(reject) => Err(super::reject_status(&reject)),
         }
     }
 }
 
-fn epoch_of(outcome: &Outcome) -> u64 {
+pub(super) fn epoch_of(outcome: &Outcome) -> u64 {
     match outcome {
         Outcome::Done { epoch } | Outcome::Deployed { epoch, .. } => *epoch,
         Outcome::Rejected(_) => 0,

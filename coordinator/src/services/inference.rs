@@ -7,6 +7,7 @@ use cresset_core::{
     status::{ModelState, models},
 };
 use cresset_proto::{
+    ids::model_version,
     inference::{grpc_inference_service_server::GrpcInferenceService, repository_index_response::ModelIndex, *},
     model_config::metadata,
     reason::Reason,
@@ -53,14 +54,8 @@ impl Inference {
     }
 
     fn route(&self, name: &str, version: &str) -> Result<Arc<ModelRoute>, Status> {
-        let wanted = match version {
-            "" => Version::Highest,
-            text => Version::Exactly(text.parse().map_err(|_| {
-                let shown: String = text.chars().take(64).collect();
-                Reason::InvalidArgument
-                    .status(format!("failed to get model version from specified version string '{shown}' (a number from 1)"))
-            })?),
-        };
+        let wanted = model_version(version).map_err(|error| Reason::InvalidArgument.status(error.to_string()))?;
+        let wanted = wanted.map_or(Version::Highest, Version::Exactly);
         let routes = self.router.routes();
         routes.model(name, wanted).cloned().ok_or_else(|| {
             let text = match wanted {
@@ -69,6 +64,12 @@ impl Inference {
             };
             Reason::UnknownModel.status(format!("Request for unknown model: {text} is not found"))
         })
+    }
+
+    /// Waits until the router knows what this coordinator knows, so that the caller's next request finds it so.
+    async fn routed(&self, deadline: Instant) {
+        let epoch = self.context.consensus.state().epoch;
+        let _ = timeout_at(deadline, self.router.wait_for_epoch(epoch)).await;
     }
 
     /// Waits until every wanted replica of a deployment is ready.
@@ -204,6 +205,7 @@ impl GrpcInferenceService for Inference {
             _ => status,
         })?;
         self.until_ready(&name, deadline).await?;
+        self.routed(deadline).await;
         Ok(Response::new(RepositoryModelLoadResponse {}))
     }
 
@@ -213,6 +215,7 @@ impl GrpcInferenceService for Inference {
     ) -> Answer<RepositoryModelUnloadResponse> {
         let deadline = deadline(request.metadata());
         self.context.undeploy(&request.into_inner().model_name, deadline).await?;
+        self.routed(deadline).await;
         Ok(Response::new(RepositoryModelUnloadResponse {}))
     }
 

@@ -1,6 +1,7 @@
 //! The Open Inference Protocol over this worker's own replicas.
 use std::{pin::Pin, sync::Arc};
 
+use cresset_client::predict::until_end;
 use cresset_proto::{
     fleet::v1::ReplicaState,
     inference::{grpc_inference_service_server::GrpcInferenceService, repository_index_response::ModelIndex, *},
@@ -79,6 +80,7 @@ impl GrpcInferenceService for Inference {
     async fn model_stream_infer(&self, request: Request<Streaming<ModelInferRequest>>) -> Answer<Self::ModelStreamInferStream> {
         let metadata = request.metadata().clone();
         let strict = metadata.get("triton_grpc_error").is_some_and(|value| value == "true");
+        let deadline = deadline(&metadata);
         let worker = Arc::clone(&self.worker);
         let answers = request
             .into_inner()
@@ -88,9 +90,14 @@ impl GrpcInferenceService for Inference {
                 fence(&worker, &metadata).map_err(|error| error.status())?;
                 let span = worker.span(&request);
                 continue_trace(&span, &metadata);
-                let id = request.id.clone();
+                let echo = ModelInferResponse {
+                    id: request.id.clone(),
+                    model_name: request.model_name.clone(),
+                    ..Default::default()
+                };
+                // The deadline is the stream's and ends it as a whole; dropping a request takes it out of its line.
                 let answer = worker.begin(request, None, span);
-                Ok(async move { (id, answer.await) })
+                Ok(async move { (echo, answer.await) })
             })
             // Requests enter their lines in the order of the stream; so do the answers leave.
             .map(|begun: Result<_, Status>| async move {
@@ -100,18 +107,16 @@ impl GrpcInferenceService for Inference {
                 }
             })
             .buffered(STREAM_REQUESTS_MAX);
-        let responses = answers.map(move |answer| match answer? {
-            (_, Ok(mut response)) => {
-                response.parameters.insert(keys::FINAL.into(), bool_parameter(true));
-                Ok(ModelStreamInferResponse { infer_response: Some(response), ..Default::default() })
-            }
-            (_, Err(error)) if strict => Err(error.status()),
-            (id, Err(error)) => Ok(ModelStreamInferResponse {
-                error_message: error.to_string(),
-                infer_response: Some(ModelInferResponse { id, ..Default::default() }),
-            }),
+        let responses = answers.map(move |answer| {
+            let (error_message, mut response) = match answer? {
+                (_, Ok(response)) => (String::new(), response),
+                (_, Err(error)) if strict => return Err(error.status()),
+                (echo, Err(error)) => (error.to_string(), echo),
+            };
+            response.parameters.insert(keys::FINAL.into(), bool_parameter(true));
+            Ok(ModelStreamInferResponse { error_message, infer_response: Some(response) })
         });
-        Ok(Response::new(Box::pin(responses)))
+        Ok(Response::new(Box::pin(until_end(responses, deadline.map(Into::into)))))
     }
 
     async fn model_config(&self, request: Request<ModelConfigRequest>) -> Answer<ModelConfigResponse> {
