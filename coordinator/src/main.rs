@@ -1,4 +1,5 @@
 //! The coordinator's process: settings in, [`cresset_coordinator::run`], exit code out.
+#![forbid(unsafe_code)]
 use std::process::ExitCode;
 
 use anyhow::Context;

@@ -131,11 +131,9 @@ impl PredictError {
             Self::SequencesFull { .. } => Reason::SequencesFull,
             Self::Deadline => Reason::DeadlineExceeded,
             Self::Parameter(error) => error.reason(),
-            Self::BadVersion(_)
-            | Self::Tensor(_)
-            | Self::Admission(_)
-            | Self::NoSequenceId(_)
-            | Self::SequenceProtocol(_) => Reason::InvalidArgument,
+            Self::BadVersion(_) | Self::Tensor(_) | Self::Admission(_) | Self::NoSequenceId(_) | Self::SequenceProtocol(_) => {
+                Reason::InvalidArgument
+            }
             Self::SequenceNotStarted { .. } => Reason::SequenceNotStarted,
             Self::BrokenPromise { .. } => Reason::ModelFailed,
             Self::Engine { source, .. } => match source {

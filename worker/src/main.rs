@@ -1,4 +1,5 @@
 //! The worker's process: settings in, [`cresset_worker::run`], exit code out.
+#![forbid(unsafe_code)]
 use std::process::ExitCode;
 
 use anyhow::Context;

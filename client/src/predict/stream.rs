@@ -107,3 +107,22 @@ pub fn until_end<T: Send + 'static>(
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_ends_with_its_first_error_or_at_its_deadline() {
+        let one_and_silence = || stream::iter([Ok(1)]).chain(stream::pending());
+        let deadline = Instant::now() + Duration::from_secs(2);
+        let answers: Vec<_> = until_end(one_and_silence(), Some(deadline)).collect().await;
+        assert_eq!(Instant::now(), deadline);
+        assert_eq!(*answers[0].as_ref().unwrap(), 1);
+        assert_eq!(Reason::of(answers[1].as_ref().unwrap_err()), Some(Reason::DeadlineExceeded));
+        assert_eq!(answers.len(), 2);
+
+        let error = stream::iter([Ok(1), Err(Status::unavailable("x")), Ok(2)]);
+        assert_eq!(until_end(error, None).count().await, 2);
+    }
+}

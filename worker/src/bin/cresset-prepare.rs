@@ -1,4 +1,5 @@
 //! `cresset-prepare`: turns the demo models' fetched parts into a model repository (`make models`).
+#![forbid(unsafe_code)]
 
 use std::path::PathBuf;
 use std::process::ExitCode;

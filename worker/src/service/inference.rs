@@ -90,11 +90,8 @@ impl GrpcInferenceService for Inference {
                 fence(&worker, &metadata).map_err(|error| error.status())?;
                 let span = worker.span(&request);
                 continue_trace(&span, &metadata);
-                let echo = ModelInferResponse {
-                    id: request.id.clone(),
-                    model_name: request.model_name.clone(),
-                    ..Default::default()
-                };
+                let echo =
+                    ModelInferResponse { id: request.id.clone(), model_name: request.model_name.clone(), ..Default::default() };
                 // The deadline is the stream's and ends it as a whole; dropping a request takes it out of its line.
                 let answer = worker.begin(request, None, span);
                 Ok(async move { (echo, answer.await) })

@@ -1,0 +1,14 @@
+//! Tests of whole clusters, and of the house itself. Each test has a cluster of its own, on ports of its own.
+#![forbid(unsafe_code)]
+
+mod bad_models;
+mod commands;
+mod conformance;
+mod datapath;
+mod failover;
+mod house;
+mod lifecycle;
+mod outage;
+mod settings;
+mod support;
+mod telemetry;
