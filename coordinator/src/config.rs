@@ -9,38 +9,37 @@ use cresset_runtime::{
 
 use crate::consensus;
 
-macro_rules! setting {
-    ($name:literal, $default:expr, $value:literal, $help:literal) => {
-        Setting { name: $name, default: $default, value_name: $value, help: $help }
-    };
-}
-
 /// The program and all its settings.
 pub const PROGRAM: Program = Program {
     name: "cresset-coordinator",
     about: "A Cresset coordinator: agrees with the others on who runs what, and answers clients",
     version: env!("CARGO_PKG_VERSION"),
     settings: &[
-        setting!("id", None, "ID", "This coordinator's name among the peers: c1, c2, ..."),
-        setting!("cluster-id", None, "NAME", "The cluster's name; coordinators of other clusters are refused"),
-        setting!("peers", None, "LIST", "All coordinators, this one included: c1=HOST:PORT,c2=HOST:PORT,..."),
-        setting!("data-dir", None, "DIR", "Where the log and the snapshots live"),
-        setting!("model-repository", None, "DIR", "The model repository's folder"),
-        setting!("grpc", Some("127.0.0.1:8001"), "HOST:PORT", "The public port: predictions and administration"),
-        setting!("http", Some("127.0.0.1:8002"), "HOST:PORT", "Where /metrics, /healthz and /readyz are"),
-        setting!("peer", Some("127.0.0.1:8003"), "HOST:PORT", "Where other coordinators and workers connect"),
-        setting!(
+        Setting::new("id", None, "ID", "This coordinator's name among the peers: c1, c2, ..."),
+        Setting::new("cluster-id", None, "NAME", "The cluster's name; coordinators of other clusters are refused"),
+        Setting::new("peers", None, "LIST", "All coordinators, this one included: c1=HOST:PORT,c2=HOST:PORT,..."),
+        Setting::new("data-dir", None, "DIR", "Where the log and the snapshots live"),
+        Setting::new("model-repository", None, "DIR", "The model repository's folder"),
+        Setting::new("grpc", Some("127.0.0.1:8001"), "HOST:PORT", "The public port: predictions and administration"),
+        Setting::new("http", Some("127.0.0.1:8002"), "HOST:PORT", "Where /metrics, /healthz and /readyz are"),
+        Setting::new("peer", Some("127.0.0.1:8003"), "HOST:PORT", "Where other coordinators and workers connect"),
+        Setting::new(
             "advertise-host",
             Some(""),
             "HOST",
-            "The host by which others reach this one; default: the host of each address"
+            "The host by which others reach this one; default: the host of each address",
         ),
-        setting!("tick-ms", Some("50"), "MS", "One tick of consensus: a heartbeat each, an election after 6 to 12 silent ones"),
-        setting!("snapshot-entries", Some("10000"), "N", "Log entries between two snapshots"),
-        setting!("message-mib-max", Some("2047"), "MIB", "The largest message that is taken or sent"),
-        setting!("drain-ms", Some("3000"), "MS", "How long open calls may go on after a stop was asked for"),
-        setting!("log", Some("info"), "FILTER", "What is logged, as in info,cresset_coordinator=debug"),
-        setting!("exit-with-parent", None, "PID", "Die when this parent process dies"),
+        Setting::new(
+            "tick-ms",
+            Some("50"),
+            "MS",
+            "One tick of consensus: a heartbeat each, an election after 6 to 12 silent ones",
+        ),
+        Setting::new("snapshot-entries", Some("10000"), "N", "Log entries between two snapshots"),
+        Setting::new("message-mib-max", Some("2047"), "MIB", "The largest message that is taken or sent"),
+        Setting::new("drain-ms", Some("3000"), "MS", "How long open calls may go on after a stop was asked for"),
+        Setting::new("log", Some("info"), "FILTER", "What is logged, as in info,cresset_coordinator=debug"),
+        Setting::new("exit-with-parent", None, "PID", "Die when this parent process dies"),
     ],
 };
 

@@ -8,43 +8,10 @@ use cresset_coordinator::{
     config::{Config, PROGRAM},
     run,
 };
-use cresset_runtime::{
-    server::listen,
-    settings::{Invocation, Settings},
-    shutdown, telemetry,
-};
+use cresset_runtime::{process, server::listen, shutdown, telemetry};
 
 fn main() -> ExitCode {
-    let (settings, check) = match PROGRAM.invoke() {
-        Invocation::Exit { text, code } => {
-            if code == 0 {
-                print!("{text}")
-            } else {
-                eprint!("{text}")
-            }
-            return ExitCode::from(code);
-        }
-        Invocation::Run(settings) => (settings, false),
-        Invocation::Check(settings) => (settings, true),
-    };
-    match (read(settings), check) {
-        (None, _) => ExitCode::from(2),
-        (Some(_), true) => {
-            println!("the configuration is right");
-            ExitCode::SUCCESS
-        }
-        (Some(config), false) => match serve(config) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("cresset-coordinator: {error:#}");
-                ExitCode::FAILURE
-            }
-        },
-    }
-}
-
-fn read(settings: Settings) -> Option<Config> {
-    Config::read(settings).map_err(|problems| eprintln!("{problems}")).ok()
+    process::run(&PROGRAM, Config::read, serve)
 }
 
 #[tokio::main]

@@ -9,38 +9,32 @@ use cresset_runtime::{
 
 use crate::queue::Bounds;
 
-macro_rules! setting {
-    ($name:literal, $default:expr, $value:literal, $help:literal) => {
-        Setting { name: $name, default: $default, value_name: $value, help: $help }
-    };
-}
-
 /// The program and all its settings.
 pub const PROGRAM: Program = Program {
     name: "cresset-worker",
     about: "A Cresset worker: runs PyTorch models and answers predictions and streams",
     version: env!("CARGO_PKG_VERSION"),
     settings: &[
-        setting!("id", None, "ID", "This worker's name in the cluster, as in w1"),
-        setting!(
+        Setting::new("id", None, "ID", "This worker's name in the cluster, as in w1"),
+        Setting::new(
             "grpc",
             Some("127.0.0.1:8031"),
             "HOST:PORT",
-            "Where predictions are answered; others must reach it by this address"
+            "Where predictions are answered; others must reach it by this address",
         ),
-        setting!("http", Some("127.0.0.1:8032"), "HOST:PORT", "Where /metrics, /healthz and /readyz are"),
-        setting!("coordinators", None, "LIST", "Peer addresses of the coordinators, HOST:PORT, separated by commas"),
-        setting!("model-repository", None, "DIR", "The model repository's folder"),
-        setting!("device", Some("auto"), "auto|cpu|cuda", "What to run models on"),
-        setting!("zone", Some(""), "NAME", "The failure zone, such as a rack or an availability zone"),
-        setting!("memory-mib", Some("0"), "MIB", "Memory that models may take on the cpu; 0: all of the machine's"),
-        setting!("intra-op-threads", Some("0"), "N", "Threads inside one operation of libtorch; 0: one for each core"),
-        setting!("queue-requests-max", Some("4096"), "N", "Requests that may wait for one model"),
-        setting!("queue-mib-max", Some("512"), "MIB", "Input bytes that may wait for one model"),
-        setting!("message-mib-max", Some("2047"), "MIB", "The largest message that is taken or sent"),
-        setting!("drain-ms", Some("5000"), "MS", "How long open calls may go on after a stop was asked for"),
-        setting!("log", Some("info"), "FILTER", "What is logged, as in info,cresset_worker=debug"),
-        setting!("exit-with-parent", None, "PID", "Die when this parent process dies"),
+        Setting::new("http", Some("127.0.0.1:8032"), "HOST:PORT", "Where /metrics, /healthz and /readyz are"),
+        Setting::new("coordinators", None, "LIST", "Peer addresses of the coordinators, HOST:PORT, separated by commas"),
+        Setting::new("model-repository", None, "DIR", "The model repository's folder"),
+        Setting::new("device", Some("auto"), "auto|cpu|cuda", "What to run models on"),
+        Setting::new("zone", Some(""), "NAME", "The failure zone, such as a rack or an availability zone"),
+        Setting::new("memory-mib", Some("0"), "MIB", "Memory that models may take on the cpu; 0: all of the machine's"),
+        Setting::new("intra-op-threads", Some("0"), "N", "Threads inside one operation of libtorch; 0: one for each core"),
+        Setting::new("queue-requests-max", Some("4096"), "N", "Requests that may wait for one model"),
+        Setting::new("queue-mib-max", Some("512"), "MIB", "Input bytes that may wait for one model"),
+        Setting::new("message-mib-max", Some("2047"), "MIB", "The largest message that is taken or sent"),
+        Setting::new("drain-ms", Some("5000"), "MS", "How long open calls may go on after a stop was asked for"),
+        Setting::new("log", Some("info"), "FILTER", "What is logged, as in info,cresset_worker=debug"),
+        Setting::new("exit-with-parent", None, "PID", "Die when this parent process dies"),
     ],
 };
 

@@ -3,11 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Context;
-use cresset_runtime::{
-    server::listen,
-    settings::{Invocation, Settings},
-    shutdown, telemetry,
-};
+use cresset_runtime::{process, server::listen, shutdown, telemetry};
 use cresset_worker::{
     Listeners,
     config::{Config, PROGRAM},
@@ -15,36 +11,7 @@ use cresset_worker::{
 };
 
 fn main() -> ExitCode {
-    let (settings, check) = match PROGRAM.invoke() {
-        Invocation::Exit { text, code } => {
-            if code == 0 {
-                print!("{text}")
-            } else {
-                eprint!("{text}")
-            }
-            return ExitCode::from(code);
-        }
-        Invocation::Run(settings) => (settings, false),
-        Invocation::Check(settings) => (settings, true),
-    };
-    match (read(settings), check) {
-        (None, _) => ExitCode::from(2),
-        (Some(_), true) => {
-            println!("the configuration is right");
-            ExitCode::SUCCESS
-        }
-        (Some(config), false) => match serve(config) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("cresset-worker: {error:#}");
-                ExitCode::FAILURE
-            }
-        },
-    }
-}
-
-fn read(settings: Settings) -> Option<Config> {
-    Config::read(settings).map_err(|problems| eprintln!("{problems}")).ok()
+    process::run(&PROGRAM, Config::read, serve)
 }
 
 #[tokio::main]

@@ -18,6 +18,13 @@ pub struct Setting {
     pub help: &'static str,
 }
 
+impl Setting {
+    /// A row of the table: name, default, what stands for the value, help.
+    pub const fn new(name: &'static str, default: Option<&'static str>, value_name: &'static str, help: &'static str) -> Self {
+        Self { name, default, value_name, help }
+    }
+}
+
 /// A process's name, purpose and settings.
 #[derive(Debug, Clone, Copy)]
 pub struct Program {

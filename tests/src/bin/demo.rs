@@ -125,16 +125,21 @@ async fn demo(args: &Args) -> anyhow::Result<bool> {
 
 /// The running cluster if there is one that can take it, else an own one.
 async fn cluster(args: &Args, repository: &Path) -> anyhow::Result<Cluster> {
-    if args.kills == 1
-        && let Ok(cluster) = Cluster::attach(&args.data_dir)
-    {
-        match can_take_it(&cluster.status().await?) {
-            Ok(()) => {
-                eprintln!("using the cluster in {}; it is left with a worker and a coordinator less", args.data_dir.display());
-                return Ok(cluster);
-            }
-            Err(lack) => eprintln!("the cluster in {} {lack}, so this starts its own", args.data_dir.display()),
-        }
+    if args.kills == 1 && args.data_dir.join("cluster.json").exists() {
+        let lack = match Cluster::attach(&args.data_dir) {
+            Ok(cluster) => match can_take_it(&cluster.status().await?) {
+                Ok(()) => {
+                    eprintln!(
+                        "using the cluster in {}; it is left with a worker and a coordinator less",
+                        args.data_dir.display()
+                    );
+                    return Ok(cluster);
+                }
+                Err(lack) => lack,
+            },
+            Err(error) => format!("isn't whole ({error})"),
+        };
+        eprintln!("the cluster in {} {lack}, so this starts its own", args.data_dir.display());
     }
     ensure!(repository.join(MODEL).is_dir(), "{} has no {MODEL}: run `make fetch`", repository.display());
     eprintln!("starting a cluster of 3 coordinators and 3 workers");
