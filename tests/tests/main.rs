@@ -7,6 +7,7 @@ mod conformance;
 mod datapath;
 mod failover;
 mod house;
+mod in_process;
 mod lifecycle;
 mod outage;
 mod settings;
