@@ -67,6 +67,10 @@ class Place:
         some = self._cluster.coordinators if self.kind == "coordinator" else self._cluster.workers
         return some[self._turn % len(some)]
 
+    def workers(self):
+        """All workers, wherever the check runs."""
+        return self._cluster.workers
+
     def of(self, model):
         """An endpoint that answers for the model."""
         return self.any() if self.kind == "coordinator" else self._cluster.worker_of(model)

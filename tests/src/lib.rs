@@ -1,7 +1,7 @@
 //! What tests, the demo and later measurements share.
 //!
 //! - [`harness`]: a real cluster of real processes, and ways to hurt it.
-//! - [`reference`]: the same model run in this process, without a cluster, to compare with.
+//! - [`mod@reference`]: the same model run in this process, without a cluster, to compare with.
 //! - [`speech`]: the recorded speech that the voice-activity model is fed with.
 //! - [`speaker`]: streams it through a cluster as a live microphone would, and writes down what came back and when.
 //! - [`tally`]: counts what was lost, repeated, out of order or wrong, and how long the pauses were.

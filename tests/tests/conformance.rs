@@ -51,6 +51,8 @@ fn prepared() -> Prepared {
     add("brittle_sum".into(), one_input("FP32", "[ 1 ]", "y") + SEQUENCES, &script(brittle).buffer("total", "torch.zeros([])"));
     let batched = "def forward(self, x):\n  self.total = self.total + x.sum()\n  return self.total.reshape([1, 1])\n";
     add("batched_sum".into(), fp32_model(4, SEQUENCES), &script(batched).buffer("total", "torch.zeros([])"));
+    let counting = "def forward(self, x):\n  self.calls += 1\n  return x * 0 + self.calls\n";
+    add("counting".into(), one_input("FP32", "[ -1 ]", "y"), &script(counting).attribute("calls", "int", "0"));
     add("slow".into(), fp32_model(1, ""), &testing::slow(16, 300_000));
     broken(&repository, &echo);
     repository.add_script("spare", &one_input("FP32", "[ -1 ]", "y"), &echo).unwrap();
@@ -106,6 +108,7 @@ fn python() -> PathBuf {
 fn stock_clients_get_what_a_triton_would_answer() {
     let python = python();
     let Prepared { repository, deployed } = prepared();
+    // As many workers as a model has replicas, so that every worker can be asked for every model.
     let options = Options { workers: 2, deploy: deployed, model_repository: repository.path().to_owned(), ..Options::default() };
     let cluster = Cluster::start(&options).unwrap();
     let addresses = |members: &[cresset_tests::harness::Member]| {

@@ -383,12 +383,7 @@ async fn a_silent_sequence_is_over_after_its_idle_time() {
     bench.infer(step("sum", 1, 1.0, (true, false))).await.unwrap();
     let served = bench.worker.models.find("sum", "").unwrap();
     let Runner::Sequences(sequences) = &served.runner else { panic!("not a model with sequences") };
-    let gone = async {
-        while sequences.live() > 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    timeout(PATIENCE, gone).await.expect("the sequence stays");
+    timeout(PATIENCE, sequences.empty()).await.expect("the sequence stays");
     let late = bench.infer(step("sum", 1, 1.0, (false, false))).await;
     assert_eq!(reason(&late), Some(Reason::SequenceNotStarted));
     assert_eq!(values(&bench.infer(step("sum", 2, 7.0, (true, true))).await.unwrap()), [7.0], "its room is free");

@@ -95,6 +95,13 @@ impl Sequences {
         self.spec.sequences_max - self.room.available_permits()
     }
 
+    /// Returns once no sequence is open.
+    pub async fn empty(&self) {
+        let all = u32::try_from(self.spec.sequences_max).unwrap_or(u32::MAX);
+        // The semaphore is never closed.
+        drop(self.room.acquire_many(all).await);
+    }
+
     /// Opens a sequence: new, or in the state that a checkpoint holds.
     ///
     /// # Errors

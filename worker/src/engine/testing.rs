@@ -61,7 +61,7 @@ pub fn plus_one() -> Script {
     Script::new("def forward(self, x):\n  return x + 1\n")
 }
 
-/// A module that keeps its state inside: returns the sum of everything it has been given, shape [1].
+/// A module that keeps its state inside: returns the sum of everything it has been given, of shape `[1]`.
 pub fn running_sum() -> Script {
     Script::new(
         "def forward(self, x):\n  self.total = self.total + x.sum()\n  self.calls += 1\n  return self.total.reshape([1])\n",
