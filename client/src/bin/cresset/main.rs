@@ -4,6 +4,7 @@
 //! answer ([`connect`]); notes and progress go to stderr, so that stdout carries only what was asked for. Exit codes:
 //! 0 done, 1 failed, 2 bad usage or configuration.
 #![forbid(unsafe_code)]
+#![allow(rustdoc::broken_intra_doc_links, reason = "comments of flags are help texts, in which [up] is a TOML table")]
 
 mod connect;
 mod deploy;
