@@ -2,7 +2,7 @@
 //!
 //! Every coordinator runs [`Leader`]; it does nothing until consensus says that this one leads, and everything it knows
 //! ends with the term. Three duties, each a pure function of `cresset-core` with a shell around it: judge workers that
-//! fell silent ([`liveness`]), keep the replicas where they should be ([`placement`](cresset_core::placement)), and tell
+//! fell silent ([`liveness`]), keep the replicas where they should be ([`placement`]), and tell
 //! workers what to run ([`sessions`]). It owns no truth: whatever it decides is a command, and the state may say no.
 //!
 //! Absent: anything on the path of a prediction. With no leader at all, workers and routers go on as they are.
