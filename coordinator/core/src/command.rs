@@ -1,6 +1,6 @@
 //! What may be proposed, and how it was answered.
 //!
-//! A command carries everything that its effect depends on, since [`apply`](crate::apply) knows no clock and asks
+//! A command carries everything that its effect depends on, since [`apply`](mod@crate::apply) knows no clock and asks
 //! nobody. Its id is chosen by whoever wants it done and stays the same in every retry.
 use std::fmt;
 

@@ -5,7 +5,7 @@
 //! randomness, no IO and no order that depends on a hash. Time comes in as a value, effects go out as values, so that
 //! every peer reaches the same state and every test replays exactly.
 //!
-//! - [`state`]: what the cluster knows. Changed by [`apply`] only.
+//! - [`state`]: what the cluster knows. Changed by [`apply`](mod@apply) only.
 //! - [`command`]: what may be proposed, and how it was answered.
 //! - [`apply`](mod@apply): the only mutator.
 //! - [`snapshot`]: the state as bytes.

@@ -1,6 +1,6 @@
 //! What the cluster knows: members, deployments, and which worker should run what.
 //!
-//! Plain data, the same on every peer. Nothing here decides; [`apply`](crate::apply) is the only code that changes it.
+//! Plain data, the same on every peer. Nothing here decides; [`apply`](mod@crate::apply) is the only code that changes it.
 //! Absent on purpose: heartbeats, free memory and anything else that changes by itself. That lives on the leader.
 use std::collections::{BTreeMap, VecDeque};
 
