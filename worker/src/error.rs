@@ -69,6 +69,9 @@ pub enum PredictError {
         /// The bound.
         sequences_max: usize,
     },
+    /// The request waited longer than its model's queue policy allows.
+    #[error("Request timeout expired for model '{0}'")]
+    QueueTimeout(String),
     /// The deadline passed while the request waited.
     #[error("Deadline Exceeded")]
     Deadline,
@@ -93,6 +96,16 @@ pub enum PredictError {
         model: String,
         /// The sequence.
         sequence: String,
+    },
+    /// The model wants the sequence's id in a form that this one doesn't have.
+    #[error("sequence id '{sequence}' doesn't fit the CORRID control input of model '{model}', which is {datatype}")]
+    CorrelationId {
+        /// The model.
+        model: String,
+        /// The sequence.
+        sequence: String,
+        /// What the model wants.
+        datatype: cresset_proto::tensor::Datatype,
     },
     /// A message of the sequences protocol came out of turn.
     #[error("sequence stream: {0}")]
@@ -129,11 +142,15 @@ impl PredictError {
             Self::Draining => Reason::Draining,
             Self::QueueFull { .. } | Self::QueueBytesFull { .. } => Reason::QueueFull,
             Self::SequencesFull { .. } => Reason::SequencesFull,
+            Self::QueueTimeout(_) => Reason::QueueTimeout,
             Self::Deadline => Reason::DeadlineExceeded,
             Self::Parameter(error) => error.reason(),
-            Self::BadVersion(_) | Self::Tensor(_) | Self::Admission(_) | Self::NoSequenceId(_) | Self::SequenceProtocol(_) => {
-                Reason::InvalidArgument
-            }
+            Self::BadVersion(_)
+            | Self::Tensor(_)
+            | Self::Admission(_)
+            | Self::NoSequenceId(_)
+            | Self::CorrelationId { .. }
+            | Self::SequenceProtocol(_) => Reason::InvalidArgument,
             Self::SequenceNotStarted { .. } => Reason::SequenceNotStarted,
             Self::BrokenPromise { .. } => Reason::ModelFailed,
             Self::Engine { source, .. } => match source {

@@ -3,12 +3,14 @@
 //! | room | its job |
 //! | --- | --- |
 //! | [`engine`] | the only place that knows libtorch: loads models, runs them, one thread for each device |
+//! | [`contract`] | what a model's configuration promises its callers; pure |
 //! | [`admission`] | does a request fit its model? pure |
-//! | [`batching`] | when to cut a batch, and from what; pure |
-//! | [`queue`] | requests that wait, and the task that feeds a device |
+//! | [`batching`] | which requests wait, and when a batch is cut from them; pure |
+//! | [`batch`] | from requests to one call, from its results to answers; with [`ragged`] shapes and [`classify`] |
+//! | [`queue`] | requests that wait, and the tasks that feed the devices |
 //! | [`sequence`] | requests that share state |
 //! | [`assignment`] | what to load and unload so that the worker runs what it should; pure |
-//! | [`models`] | fetch, verify, load, serve, unload |
+//! | [`models`] | fetch, verify, load, [warm up](warm_up), serve, unload |
 //! | [`membership`] | the tie to the leader |
 //! | [`predict`] | from a request to an answer |
 //! | [`service`] | gRPC: decode, ask, encode |
@@ -16,8 +18,11 @@
 
 pub mod admission;
 pub mod assignment;
+pub mod batch;
 pub mod batching;
+pub mod classify;
 pub mod config;
+pub mod contract;
 pub mod engine;
 pub mod error;
 pub mod membership;
@@ -25,8 +30,10 @@ pub mod metrics;
 pub mod models;
 pub mod predict;
 pub mod queue;
+pub mod ragged;
 pub mod sequence;
 pub mod service;
+pub mod warm_up;
 
 use std::{
     path::PathBuf,

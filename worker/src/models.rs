@@ -5,7 +5,8 @@
 //! replaced as a whole: a lookup takes no lock.
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    path::Path,
+    sync::{Arc, atomic::AtomicUsize},
 };
 
 use arc_swap::ArcSwap;
@@ -15,20 +16,24 @@ use cresset_proto::{
     fleet::v1::{Assignment, Intent, ObservedReplica, ReplicaState},
     ids::model_version,
     inference::ModelConfig,
-    tensor::element_count,
+    tensor::Tensor,
 };
 use parking_lot::Mutex;
 use prost::Message;
 use tokio::sync::{Semaphore, watch};
 
 use crate::{
-    admission::{Contract, ContractError},
     assignment::{ReplicaKey, StaleIntent, Step, steps},
-    engine::{Engine, EngineError, InputBinding, InputParts, LoadSpec, Model, OutputBinding, device::DeviceThread},
+    contract::{Contract, ContractError, InstanceKind, Memory, OutputSpec},
+    engine::{
+        Device, Engine, EngineError, InputBinding, LoadSpec, OutputBinding,
+        device::{DeviceThread, PlacedModel},
+    },
     error::PredictError,
     metrics::ModelMetrics,
     queue::{Bounds, ModelQueue},
-    sequence::Sequences,
+    sequence::{self, Home, Sequences},
+    warm_up::{WarmUpError, warm_up},
 };
 
 /// A model that answers.
@@ -59,8 +64,9 @@ pub enum Runner {
 
 impl Drop for ServedModel {
     fn drop(&mut self) {
-        if let Runner::Queue(queue) = &self.runner {
-            queue.close();
+        match &self.runner {
+            Runner::Queue(queue) => queue.close(),
+            Runner::Sequences(sequences) => sequences.close(),
         }
     }
 }
@@ -82,12 +88,20 @@ enum LoadError {
     Scalar { name: String, text: String },
     #[error(transparent)]
     Engine(#[from] EngineError),
+    #[error(transparent)]
+    WarmUp(#[from] WarmUpError),
+    #[error("{0}")]
+    File(String),
+    #[error("instance_group asks for {0}")]
+    NoDevice(String),
+    #[error("can't start a thread for the model: {0}")]
+    Thread(std::io::Error),
     #[error("loading was cut short")]
     Aborted,
 }
 
-/// The largest input that a warm-up call makes up, in bytes.
-const WARM_UP_BYTES_MAX: usize = 64 << 20;
+/// The largest label, warm-up or initial-state file, in bytes.
+const SIDE_FILE_BYTES_MAX: u64 = 1 << 30;
 
 type Table = HashMap<String, BTreeMap<u64, Arc<ServedModel>>>;
 
@@ -205,26 +219,6 @@ impl Models {
     }
 }
 
-/// One call with zeros: libtorch compiles a graph at its first call, and no request should wait for that. Free dimensions
-/// are taken as 1.
-fn warm(model: &mut dyn Model, contract: &Contract) -> Result<(), EngineError> {
-    let inputs: Vec<InputParts> = contract
-        .inputs
-        .iter()
-        .map(|spec| {
-            let batch = (contract.batch_rows_max > 0).then_some(1);
-            let shape: Vec<i64> = batch.into_iter().chain(spec.dims.iter().map(|dim| if *dim < 0 { 1 } else { *dim })).collect();
-            let bytes = element_count(&shape).and_then(|count| count.checked_mul(spec.datatype.size()?)).unwrap_or(usize::MAX);
-            let zeros = if bytes <= WARM_UP_BYTES_MAX { Bytes::from(vec![0; bytes]) } else { Bytes::new() };
-            InputParts { datatype: spec.datatype, shape, parts: vec![zeros] }
-        })
-        .collect();
-    match contract.sequence {
-        Some(_) => model.open_sequence()?.step(&inputs).map(drop),
-        None => model.infer(&inputs).map(drop),
-    }
-}
-
 fn replica(assignment: &Assignment, state: ReplicaState) -> ObservedReplica {
     ObservedReplica {
         model: assignment.model.clone(),
@@ -289,51 +283,51 @@ impl Inner {
         }
         let mut config = ModelConfig::decode(assignment.config.clone())?;
         config.name.clone_from(&key.model);
-        let contract = Contract::read(&config)?;
+        let mut contract = Contract::read(&config)?;
         if !contract.ignored.is_empty() {
             tracing::warn!(model = key.model, fields = ?contract.ignored, "fields of config.pbtxt have no effect");
         }
-        let device = self.device(&key);
-        let mut model = self.engine.load(&LoadSpec {
-            path: stored.file,
-            device: device.device(),
-            inputs: contract
-                .inputs
-                .iter()
-                .map(|spec| InputBinding { name: spec.name.clone(), datatype: spec.datatype })
-                .collect(),
-            constants: contract
-                .constants
-                .iter()
-                .map(|(name, text)| match text.parse() {
-                    Ok(scalar) => Ok((name.clone(), scalar)),
-                    Err(text) => Err(LoadError::Scalar { name: name.clone(), text }),
-                })
-                .collect::<Result<_, _>>()?,
-            outputs: contract
-                .outputs
-                .iter()
-                .map(|spec| OutputBinding { name: spec.name.clone(), datatype: Some(spec.datatype) })
-                .collect(),
-        })?;
-        if let Err(error) = warm(model.as_mut(), &contract) {
-            tracing::debug!(model = key.model, %error, "the warm-up call failed, which may be because of its made-up input");
+        let folder = self.repository.root().join(&key.model);
+        let read = |sub: &str, file: &str| read_side_file(&folder.join(sub).join(file), sub, file);
+        contract.labels = labels(&contract, |file| read("", file)).map_err(LoadError::File)?;
+        let initial = sequence::state::initial(&contract, |file| read("initial_state", file)).map_err(LoadError::File)?;
+        let mut spec = load_spec(&contract, stored.file)?;
+        let mut instances = Vec::new();
+        for device in self.places(&contract)? {
+            spec.device = device;
+            let mut model = self.engine.load(&spec)?;
+            warm_up(model.as_mut(), &contract, &initial, |file| read("warmup", file))?;
+            instances.push(DeviceThread::spawn(device).map_err(LoadError::Thread)?.place(model));
         }
-        let placed = device.place(model);
         let metrics = ModelMetrics::new(&key.model, key.version);
-        let memory_bytes = placed.memory_bytes();
+        let memory_bytes = instances.iter().map(PlacedModel::memory_bytes).sum();
         let contract = Arc::new(contract);
-        let runner = match contract.sequence.clone() {
-            Some(spec) => Runner::Sequences(Sequences::new(Arc::clone(&contract), spec, placed, metrics.clone())),
-            None => Runner::Queue(ModelQueue::start(Arc::clone(&contract), placed, self.bounds, metrics.clone())),
-        };
+        let runner = runner(&contract, instances, initial, self.bounds, &metrics);
         Ok(ServedModel { key, generation: assignment.generation, contract, config, runner, metrics, memory_bytes })
     }
 
-    /// Models are spread over the devices by their names, so that a restart finds the same place.
-    fn device(&self, key: &ReplicaKey) -> &DeviceThread {
-        let sum = key.model.bytes().fold(key.version as usize, |sum, byte| sum.wrapping_mul(31).wrapping_add(usize::from(byte)));
-        &self.devices[sum % self.devices.len()]
+    /// The device of each instance that the configuration asks for.
+    fn places(&self, contract: &Contract) -> Result<Vec<Device>, LoadError> {
+        let gpus: Vec<Device> =
+            self.devices.iter().map(DeviceThread::device).filter(|device| matches!(device, Device::Cuda(_))).collect();
+        let mut places = Vec::new();
+        for group in &contract.instances {
+            let wanted: Vec<Device> = match group.kind {
+                InstanceKind::Cpu => vec![Device::Cpu],
+                InstanceKind::Auto if gpus.is_empty() => vec![Device::Cpu],
+                InstanceKind::Gpu if gpus.is_empty() => {
+                    return Err(LoadError::NoDevice("a GPU, and this worker has none".into()));
+                }
+                InstanceKind::Auto | InstanceKind::Gpu if group.gpus.is_empty() => gpus.clone(),
+                InstanceKind::Auto | InstanceKind::Gpu => group.gpus.iter().map(|ordinal| Device::Cuda(*ordinal)).collect(),
+            };
+            if let Some(missing) = wanted.iter().find(|device| **device != Device::Cpu && !gpus.contains(device)) {
+                let there = gpus.len();
+                return Err(LoadError::NoDevice(format!("{missing}, and this worker has {there} GPUs, numbered from 0")));
+            }
+            places.extend(wanted.into_iter().flat_map(|device| std::iter::repeat_n(device, group.count)));
+        }
+        Ok(places)
     }
 
     fn insert(&self, served: Arc<ServedModel>) {
@@ -356,4 +350,60 @@ impl Inner {
             table
         });
     }
+}
+
+fn runner(
+    contract: &Arc<Contract>,
+    instances: Vec<PlacedModel>,
+    initial: Vec<Tensor>,
+    bounds: Bounds,
+    metrics: &ModelMetrics,
+) -> Runner {
+    let queue = |instances| ModelQueue::start(Arc::clone(contract), instances, bounds, metrics.clone());
+    let Some(spec) = contract.sequence.clone() else { return Runner::Queue(queue(instances)) };
+    let home = match spec.memory {
+        Memory::Inside => Home::Copies { instances, next: AtomicUsize::new(0) },
+        Memory::Tensors(_) => Home::Queue { queue: queue(instances), initial },
+    };
+    Runner::Sequences(Sequences::new(Arc::clone(contract), spec, home, metrics.clone()))
+}
+
+/// What the engine has to know. The device is filled in for each instance.
+fn load_spec(contract: &Contract, path: std::path::PathBuf) -> Result<LoadSpec, LoadError> {
+    let inputs = contract.inputs.iter().map(|spec| (spec.name.as_str(), spec.datatype)).chain(contract.hidden_inputs());
+    let outputs = contract.outputs.iter().map(|spec| (&spec.name, spec.datatype));
+    let states = contract.states().iter().map(|state| (&state.output, state.datatype));
+    let constants = contract.constants.iter().map(|(name, text)| match text.parse() {
+        Ok(scalar) => Ok((name.clone(), scalar)),
+        Err(text) => Err(LoadError::Scalar { name: name.clone(), text }),
+    });
+    Ok(LoadSpec {
+        path,
+        device: Device::Cpu,
+        inputs: inputs.map(|(name, datatype)| InputBinding { name: name.to_owned(), datatype }).collect(),
+        constants: constants.collect::<Result<_, _>>()?,
+        outputs: outputs
+            .chain(states)
+            .map(|(name, datatype)| OutputBinding { name: name.clone(), datatype: Some(datatype) })
+            .collect(),
+    })
+}
+
+/// The labels of each output's classes, one for each line of its file.
+fn labels(contract: &Contract, read: impl Fn(&str) -> Result<Bytes, String>) -> Result<Vec<Vec<String>>, String> {
+    let of = |spec: &OutputSpec| match &spec.label_file {
+        None => Ok(vec![]),
+        Some(file) => Ok(String::from_utf8_lossy(&read(file)?).lines().map(str::to_owned).collect()),
+    };
+    contract.outputs.iter().map(of).collect()
+}
+
+fn read_side_file(path: &Path, folder: &str, file: &str) -> Result<Bytes, String> {
+    let name = if folder.is_empty() { file.to_owned() } else { format!("{folder}/{file}") };
+    let fail = |error: std::io::Error| format!("can't read the model's file {name}: {error}");
+    let bytes = std::fs::metadata(path).map_err(fail)?.len();
+    if bytes > SIDE_FILE_BYTES_MAX {
+        return Err(format!("the model's file {name} has {bytes} bytes, the limit is {SIDE_FILE_BYTES_MAX}"));
+    }
+    std::fs::read(path).map(Bytes::from).map_err(fail)
 }

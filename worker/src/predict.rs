@@ -23,6 +23,8 @@ use crate::{
     error::PredictError,
     metrics,
     models::{Models, Runner, ServedModel},
+    queue::{Answered, Terms},
+    sequence::Standing,
 };
 
 /// What every service of this worker shares.
@@ -138,7 +140,7 @@ impl Worker {
                 served.metrics.request(answer.as_ref().err().map(|error| error.reason().as_str()), begun.elapsed());
             }
             match answer {
-                Ok(outputs) => Ok(respond(served.as_deref(), request.id, outputs)),
+                Ok(answered) => Ok(respond(served.as_deref(), request.id, answered.outputs)),
                 Err(error) => {
                     if error.is_ours() {
                         tracing::warn!(%error, "a request failed");
@@ -166,20 +168,20 @@ impl Worker {
 
 /// A request that has passed every check.
 enum Waiting {
-    Queue(Admitted, Option<Instant>),
-    Sequence(tokio::sync::oneshot::Receiver<Result<Vec<Tensor>, PredictError>>),
+    Queue(Admitted, Terms),
+    Sequence(tokio::sync::oneshot::Receiver<Result<Answered, PredictError>>),
 }
 
 impl Waiting {
-    async fn answer(self, served: &ServedModel) -> Result<Vec<Tensor>, PredictError> {
+    async fn answer(self, served: &ServedModel) -> Result<Answered, PredictError> {
         let unloaded = || PredictError::Unloaded(served.key.model.clone());
         match (self, &served.runner) {
-            (Self::Queue(admitted, deadline), Runner::Queue(queue)) => match deadline {
+            (Self::Queue(admitted, terms), Runner::Queue(queue)) => match terms.deadline {
                 Some(at) => {
-                    let waited = tokio::time::timeout_at(at.into(), queue.run(admitted, deadline));
+                    let waited = tokio::time::timeout_at(at.into(), queue.run(admitted, terms));
                     waited.await.unwrap_or(Err(PredictError::Deadline))
                 }
-                None => queue.run(admitted, None).await,
+                None => queue.run(admitted, terms).await,
             },
             (Self::Queue(..), Runner::Sequences(_)) => Err(unloaded()),
             (Self::Sequence(answer), _) => answer.await.unwrap_or_else(|_| Err(unloaded())),
@@ -189,14 +191,15 @@ impl Waiting {
 
 fn line_up(served: &ServedModel, request: &mut ModelInferRequest, deadline: Option<Instant>) -> Result<Waiting, PredictError> {
     let parameters = Parameters::read(&request.parameters)?;
+    let terms = Terms { deadline, priority: parameters.priority, timeout_us: parameters.timeout_us };
     let admitted = admit(served, request)?;
     match &served.runner {
         // Sequence parameters on a model whose requests are independent mean nothing, as in Triton.
-        Runner::Queue(_) => Ok(Waiting::Queue(admitted, deadline)),
+        Runner::Queue(_) => Ok(Waiting::Queue(admitted, terms)),
         Runner::Sequences(sequences) => {
             let id = parameters.sequence_id.ok_or_else(|| PredictError::NoSequenceId(served.key.model.clone()))?;
-            let bounds = (parameters.sequence_start, parameters.sequence_end);
-            Ok(Waiting::Sequence(sequences.enter(&id, bounds, admitted, deadline)?))
+            let standing = Standing { id: &id, start: parameters.sequence_start, end: parameters.sequence_end };
+            Ok(Waiting::Sequence(sequences.enter(standing, admitted, terms)?))
         }
     }
 }

@@ -1,76 +1,98 @@
-//! Requests that wait for a device, and the task that cuts batches from them.
+//! Requests that wait for a device, and the tasks that cut batches from them.
 //!
 //! A request is admitted at once or refused at once: the queue is bounded by requests and by bytes. A batch is cut at the
-//! last moment, when the device has room for it, so everything that came meanwhile is in it. One request that makes the
+//! last moment, when a device has room for it, so everything that came meanwhile is in it. One request that makes the
 //! model raise doesn't take its neighbours with it: a failed batch is run again one by one.
 use std::{
-    collections::VecDeque,
-    hash::{DefaultHasher, Hash, Hasher},
     sync::{Arc, Weak},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use cresset_proto::tensor::Tensor;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 
+pub use crate::batching::Bounds;
 use crate::{
-    admission::{Admitted, Contract},
-    batching::{self, Decision, Limits, Waiting},
+    admission::Admitted,
+    batch::{answers, assemble, shape_class},
+    batching::{Decision, Dropped, Full, Line, Ordering, Waiting},
+    contract::Contract,
     engine::{
-        EngineError, InputParts, OutputTensor,
+        EngineError, Outputs, Timing,
         device::{PlacedModel, Slot},
     },
     error::PredictError,
     metrics::ModelMetrics,
 };
 
-/// Entries of the queue that one decision looks at, as a multiple of the batch's rows.
-const LOOK_AHEAD: usize = 4;
-
-/// Bounds of one model's queue.
-#[derive(Debug, Clone, Copy)]
-pub struct Bounds {
-    /// Requests that may wait.
-    pub requests_max: usize,
-    /// Bytes of inputs that may wait.
-    pub bytes_max: usize,
+/// What a caller says about how its request may wait.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Terms {
+    /// When it stops waiting.
+    pub deadline: Option<Instant>,
+    /// The priority level; 0 is the model's default.
+    pub priority: u64,
+    /// How long the request may wait in the queue, in µs; 0: as the model's policy says.
+    pub timeout_us: u64,
 }
 
-/// The queue of one model on one device.
+/// A request's answer.
+#[derive(Debug)]
+pub struct Answered {
+    /// The outputs that it wanted, then whatever state it asked for.
+    pub outputs: Vec<Tensor>,
+    /// How long it waited.
+    pub queued: Duration,
+    /// Where the time of its batch went.
+    pub timing: Timing,
+}
+
+type Reply = oneshot::Sender<Result<Answered, PredictError>>;
+
+/// The queue of one model, which feeds all its instances.
 #[derive(Debug)]
 pub struct ModelQueue {
     contract: Arc<Contract>,
     bounds: Bounds,
     metrics: ModelMetrics,
-    waiting: Mutex<Line>,
+    waiting: Mutex<State>,
     came: Notify,
     origin: Instant,
+    ordering: Mutex<Ordering<Option<(Reply, Result<Answered, PredictError>)>>>,
 }
 
 #[derive(Debug, Default)]
-struct Line {
-    entries: VecDeque<Entry>,
-    bytes: usize,
+struct State {
+    line: Line<Entry>,
+    next_number: u64,
     closed: bool,
 }
 
 #[derive(Debug)]
 struct Entry {
     admitted: Admitted,
-    arrived_us: u64,
-    shape_class: u64,
-    deadline: Option<Instant>,
-    reply: oneshot::Sender<Result<Vec<Tensor>, PredictError>>,
+    arrived: Instant,
+    /// Position among all requests of the model.
+    number: u64,
+    reply: Reply,
 }
 
 impl ModelQueue {
-    /// Starts a queue and its dispatcher, which ends when the queue is closed or dropped.
-    pub fn start(contract: Arc<Contract>, model: PlacedModel, bounds: Bounds, metrics: ModelMetrics) -> Arc<Self> {
-        let queue =
-            Arc::new(Self { contract, bounds, metrics, waiting: Mutex::default(), came: Notify::new(), origin: Instant::now() });
-        tokio::spawn(dispatch(Arc::downgrade(&queue), model));
+    /// Starts a queue and a dispatcher for each instance; they end when the queue is closed or dropped.
+    pub fn start(contract: Arc<Contract>, instances: Vec<PlacedModel>, bounds: Bounds, metrics: ModelMetrics) -> Arc<Self> {
+        let queue = Arc::new(Self {
+            contract,
+            bounds,
+            metrics,
+            waiting: Mutex::default(),
+            came: Notify::new(),
+            origin: Instant::now(),
+            ordering: Mutex::default(),
+        });
+        for instance in instances {
+            tokio::spawn(dispatch(Arc::downgrade(&queue), instance));
+        }
         queue
     }
 
@@ -78,96 +100,118 @@ impl ModelQueue {
     ///
     /// # Errors
     /// [`PredictError`].
-    pub async fn run(&self, admitted: Admitted, deadline: Option<Instant>) -> Result<Vec<Tensor>, PredictError> {
+    pub async fn run(&self, admitted: Admitted, terms: Terms) -> Result<Answered, PredictError> {
         let (reply, answer) = oneshot::channel();
-        self.enter(admitted, deadline, reply)?;
+        self.enter(admitted, terms, reply)?;
         answer.await.unwrap_or_else(|_| Err(PredictError::Unloaded(self.contract.name.clone())))
     }
 
-    fn enter(
-        &self,
-        admitted: Admitted,
-        deadline: Option<Instant>,
-        reply: oneshot::Sender<Result<Vec<Tensor>, PredictError>>,
-    ) -> Result<(), PredictError> {
+    fn enter(&self, admitted: Admitted, terms: Terms, reply: Reply) -> Result<(), PredictError> {
         let model = || self.contract.name.clone();
-        let mut line = self.waiting.lock();
-        if line.closed {
+        let queueing = &self.contract.queueing;
+        let level = queueing.level(terms.priority);
+        let policy = queueing.policy(level);
+        let arrived = Instant::now();
+        let arrived_us = self.us(arrived);
+        let waiting = Waiting {
+            arrived_us,
+            rows: admitted.rows,
+            bytes: admitted.bytes,
+            shape_class: shape_class(&self.contract, &admitted),
+            level,
+            times_out_us: policy.timeout_us(terms.timeout_us).map(|timeout_us| arrived_us.saturating_add(timeout_us)),
+            deadline_us: terms.deadline.map(|at| self.us(at)),
+        };
+        let mut state = self.waiting.lock();
+        if state.closed {
             return Err(PredictError::Unloaded(model()));
         }
-        if line.entries.len() >= self.bounds.requests_max {
-            return Err(PredictError::QueueFull { model: model(), requests_max: self.bounds.requests_max });
+        let number = state.next_number;
+        let entry = Entry { admitted, arrived, number, reply };
+        match state.line.push(waiting, entry, policy, &self.bounds) {
+            Ok(()) => state.next_number += 1,
+            Err((Full::Requests(requests_max), _)) => return Err(PredictError::QueueFull { model: model(), requests_max }),
+            Err((Full::Bytes(bytes_max), _)) => return Err(PredictError::QueueBytesFull { model: model(), bytes_max }),
         }
-        if line.bytes.saturating_add(admitted.bytes) > self.bounds.bytes_max && !line.entries.is_empty() {
-            return Err(PredictError::QueueBytesFull { model: model(), bytes_max: self.bounds.bytes_max });
-        }
-        line.bytes += admitted.bytes;
-        let shape_class = shape_class(&admitted, self.contract.batch_rows_max > 0);
-        line.entries.push_back(Entry { admitted, arrived_us: self.now_us(), shape_class, deadline, reply });
-        self.metrics.waiting.set(i64::try_from(line.entries.len()).unwrap_or(i64::MAX));
-        drop(line);
+        self.show_length(&state);
+        drop(state);
         self.came.notify_one();
         Ok(())
     }
 
     /// Refuses what waits and whatever comes.
     pub fn close(&self) {
-        let mut line = self.waiting.lock();
-        line.closed = true;
-        line.entries.clear();
-        line.bytes = 0;
-        drop(line);
+        let mut state = self.waiting.lock();
+        state.closed = true;
+        let refused = state.line.drain();
+        drop(state);
+        drop(refused);
+        self.came.notify_waiters();
         self.came.notify_one();
     }
 
-    /// Whether nothing waits. What the device has already begun is not counted.
-    pub fn is_empty(&self) -> bool {
-        self.waiting.lock().entries.is_empty()
+    /// Requests that wait. What a device has already begun is not counted.
+    pub fn len(&self) -> usize {
+        self.waiting.lock().line.len()
     }
 
-    fn now_us(&self) -> u64 {
-        u64::try_from(self.origin.elapsed().as_micros()).unwrap_or(u64::MAX)
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn us(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.origin).as_micros()).unwrap_or(u64::MAX)
+    }
+
+    fn show_length(&self, state: &State) {
+        self.metrics.waiting.set(i64::try_from(state.line.len()).unwrap_or(i64::MAX));
     }
 
     /// Takes the next batch out of the line, or says what to wait for. Expired and abandoned requests go first: they
     /// must not cost the device anything.
     fn cut(&self) -> Cut {
-        let mut line = self.waiting.lock();
-        if line.closed {
+        let mut state = self.waiting.lock();
+        if state.closed {
             return Cut::Closed;
         }
-        let now = Instant::now();
-        let mut at = 0;
-        while let Some(entry) = line.entries.get(at) {
-            if entry.reply.is_closed() || entry.deadline.is_some_and(|deadline| deadline <= now) {
-                if let Some(entry) = line.entries.remove(at) {
-                    line.bytes -= entry.admitted.bytes;
-                    let _ = entry.reply.send(Err(PredictError::Deadline));
-                }
-            } else {
-                at += 1;
-            }
+        let now_us = self.us(Instant::now());
+        let queueing = &self.contract.queueing;
+        let mut dropped = state.line.expire(queueing, now_us);
+        let is_alive = |entry: &Entry| !entry.reply.is_closed();
+        let gone = |entry| dropped.push((Dropped::Abandoned, entry));
+        let decision = state.line.next(self.contract.batch_rows_max, queueing, now_us, is_alive, gone);
+        self.show_length(&state);
+        drop(state);
+        for (why, entry) in dropped {
+            let error = match why {
+                Dropped::TimedOut => PredictError::QueueTimeout(self.contract.name.clone()),
+                Dropped::Deadline | Dropped::Abandoned => PredictError::Deadline,
+            };
+            self.settle(entry, Err(error));
         }
-        let limits = Limits { rows_max: self.contract.batch_rows_max, delay_us: self.contract.batch_delay_us };
-        let view: Vec<Waiting> = line
-            .entries
-            .iter()
-            .take(limits.rows_max.saturating_mul(LOOK_AHEAD).max(1))
-            .map(|entry| Waiting { arrived_us: entry.arrived_us, rows: entry.admitted.rows, shape_class: entry.shape_class })
-            .collect();
-        let cut = match batching::decide(&view, &limits, self.now_us()) {
+        match decision {
             Decision::Idle => Cut::Idle,
-            Decision::WaitUntil(at_us) => Cut::WaitUntil(self.origin + std::time::Duration::from_micros(at_us)),
-            Decision::Cut(positions) => {
-                // From the back, so that the positions before stay right.
-                let mut batch: Vec<Entry> = positions.iter().rev().filter_map(|at| line.entries.remove(*at)).collect();
-                batch.reverse();
-                line.bytes -= batch.iter().map(|entry| entry.admitted.bytes).sum::<usize>();
-                Cut::Batch(batch)
-            }
-        };
-        self.metrics.waiting.set(i64::try_from(line.entries.len()).unwrap_or(i64::MAX));
-        cut
+            Decision::WaitUntil(at_us) => Cut::WaitUntil(self.origin + Duration::from_micros(at_us)),
+            Decision::Cut(batch) => Cut::Batch(batch.into_iter().map(|(_, entry)| entry).collect()),
+        }
+    }
+
+    /// Gives a request its answer, in its turn if the model preserves the order.
+    fn settle(&self, entry: Entry, answer: Result<Answered, PredictError>) {
+        // The caller may have gone; then nobody minds.
+        if !self.contract.queueing.preserve_ordering {
+            let _ = entry.reply.send(answer);
+            return;
+        }
+        let mut ordering = self.ordering.lock();
+        for (reply, answer) in ordering.finish(entry.number, Some((entry.reply, answer))).into_iter().flatten() {
+            let _ = reply.send(answer);
+        }
+    }
+
+    fn engine_error(&self, source: EngineError) -> PredictError {
+        PredictError::Engine { model: self.contract.name.clone(), source }
     }
 }
 
@@ -179,17 +223,7 @@ enum Cut {
     Closed,
 }
 
-/// Requests whose shapes differ beyond the batch can't share one. Equal hashes of different shapes would make a batch
-/// fail, and its requests would then be run one by one: correct, and too rare to be paid for with a comparison.
-fn shape_class(admitted: &Admitted, batched: bool) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    for tensor in &admitted.inputs {
-        tensor.shape.get(usize::from(batched)..).hash(&mut hasher);
-    }
-    hasher.finish()
-}
-
-/// The loop that feeds the device. It holds the queue weakly: a model that is dropped takes its queue along.
+/// The loop that feeds one instance. It holds the queue weakly: a model that is dropped takes its queue along.
 async fn dispatch(queue: Weak<ModelQueue>, model: PlacedModel) {
     loop {
         let Some(line) = queue.upgrade() else { return };
@@ -201,7 +235,11 @@ async fn dispatch(queue: Weak<ModelQueue>, model: PlacedModel) {
             Err(source) => return fail_all(&line, &source),
         };
         match line.cut() {
-            Cut::Closed => return,
+            Cut::Closed => {
+                // The other instances' loops have to hear of it too.
+                line.came.notify_one();
+                return;
+            }
             Cut::Idle => {}
             Cut::WaitUntil(at) => {
                 drop(slot);
@@ -213,135 +251,52 @@ async fn dispatch(queue: Weak<ModelQueue>, model: PlacedModel) {
 }
 
 fn fail_all(line: &ModelQueue, source: &EngineError) {
-    let entries = std::mem::take(&mut *line.waiting.lock()).entries;
-    line.waiting.lock().closed = true;
+    let mut state = line.waiting.lock();
+    state.closed = true;
+    let entries = state.line.drain();
+    drop(state);
+    line.came.notify_one();
     for entry in entries {
-        let _ = entry.reply.send(Err(PredictError::Engine { model: line.contract.name.clone(), source: source.clone() }));
+        line.settle(entry, Err(line.engine_error(source.clone())));
     }
 }
 
 /// Hands a batch to the device and leaves a task to answer for it, so that the next can be cut meanwhile.
 fn start(line: &Arc<ModelQueue>, model: &PlacedModel, slot: Slot, batch: Vec<Entry>) {
-    let answer = slot.infer(model, assemble(&batch));
+    let answer = slot.infer(model, assemble(&line.contract, &admitted(&batch)));
     let (line, model) = (Arc::clone(line), model.clone());
     tokio::spawn(async move {
-        let begun = Instant::now();
-        let rows: usize = batch.iter().map(|entry| entry.admitted.rows).sum();
-        let result = answer.await;
-        line.metrics.batch(rows, begun.elapsed());
-        match result {
-            Ok(outputs) => deliver(&line.contract, batch, rows, &outputs),
+        match answer.await {
+            Ok(outputs) => deliver(&line, batch, &outputs),
             // The fault may be one request's alone; a lost device would fail all of them again.
             Err(error) if batch.len() > 1 && !matches!(error, EngineError::DeviceLost(_)) => {
-                one_by_one(&line, &model, batch).await
+                for entry in batch {
+                    match model.infer(assemble(&line.contract, &[&entry.admitted])).await {
+                        Ok(outputs) => deliver(&line, vec![entry], &outputs),
+                        Err(source) => line.settle(entry, Err(line.engine_error(source))),
+                    }
+                }
             }
             Err(source) => {
                 for entry in batch {
-                    let error = PredictError::Engine { model: line.contract.name.clone(), source: source.clone() };
-                    let _ = entry.reply.send(Err(error));
+                    line.settle(entry, Err(line.engine_error(source.clone())));
                 }
             }
         }
     });
 }
 
-async fn one_by_one(line: &ModelQueue, model: &PlacedModel, batch: Vec<Entry>) {
-    for entry in batch {
-        let one = [entry];
-        let result = model.infer(assemble(&one)).await;
-        let [entry] = one;
-        match result {
-            Ok(outputs) => {
-                let rows = entry.admitted.rows;
-                deliver(&line.contract, vec![entry], rows, &outputs);
-            }
-            Err(source) => {
-                let _ = entry.reply.send(Err(PredictError::Engine { model: line.contract.name.clone(), source }));
-            }
-        }
+fn admitted(batch: &[Entry]) -> Vec<&Admitted> {
+    batch.iter().map(|entry| &entry.admitted).collect()
+}
+
+/// Answers each request of a batch with its share of the results.
+fn deliver(line: &ModelQueue, batch: Vec<Entry>, outputs: &Outputs) {
+    let rows: usize = batch.iter().map(|entry| entry.admitted.rows).sum();
+    line.metrics.batch(rows, outputs.timing.total());
+    let answers = answers(&line.contract, &admitted(&batch), outputs);
+    for (entry, answer) in batch.into_iter().zip(answers) {
+        let queued = outputs.timing.began.saturating_duration_since(entry.arrived);
+        line.settle(entry, answer.map(|tensors| Answered { outputs: tensors, queued, timing: outputs.timing }));
     }
-}
-
-/// The inputs of a batch: each tensor is the requests' bytes one after the other, copied once, by the engine.
-fn assemble(batch: &[Entry]) -> Vec<InputParts> {
-    let Some(first) = batch.first() else { return vec![] };
-    let rows: i64 = batch.iter().map(|entry| i64::try_from(entry.admitted.rows).unwrap_or(i64::MAX)).sum();
-    first
-        .admitted
-        .inputs
-        .iter()
-        .enumerate()
-        .map(|(index, tensor)| {
-            let mut shape = tensor.shape.clone();
-            if batch.len() > 1
-                && let Some(dim) = shape.first_mut()
-            {
-                *dim = rows;
-            }
-            let parts = batch.iter().filter_map(|entry| entry.admitted.inputs.get(index)).map(|tensor| tensor.data.clone());
-            InputParts { datatype: tensor.datatype, shape, parts: parts.collect() }
-        })
-        .collect()
-}
-
-/// Cuts the outputs of a batch and answers each request with its rows.
-fn deliver(contract: &Contract, batch: Vec<Entry>, rows: usize, outputs: &[OutputTensor]) {
-    let mut start = 0;
-    for entry in batch {
-        let end = start + entry.admitted.rows;
-        let answer = slice(contract, &entry.admitted.outputs, outputs, (start, end), rows);
-        // The caller may have gone.
-        let _ = entry.reply.send(answer);
-        start = end;
-    }
-}
-
-/// The wanted outputs of rows `start..end` of a batch of `rows`.
-pub fn slice(
-    contract: &Contract,
-    wanted: &[usize],
-    outputs: &[OutputTensor],
-    (start, end): (usize, usize),
-    rows: usize,
-) -> Result<Vec<Tensor>, PredictError> {
-    let broken = |text: String| PredictError::BrokenPromise { model: contract.name.clone(), text };
-    wanted
-        .iter()
-        .map(|index| {
-            let spec = contract.outputs.get(*index).ok_or_else(|| broken(format!("there is no output {index}")))?;
-            let output = outputs.get(*index).ok_or_else(|| {
-                broken(format!(
-                    "forward returned {} outputs, the configuration declares {}",
-                    outputs.len(),
-                    contract.outputs.len()
-                ))
-            })?;
-            if output.datatype != spec.datatype {
-                let text = format!(
-                    "output '{}' came out as {}, the configuration declares {}",
-                    spec.name, output.datatype, spec.datatype
-                );
-                return Err(broken(text));
-            }
-            let (shape, data) = if contract.batch_rows_max == 0 {
-                (output.shape.clone(), output.data.clone())
-            } else {
-                rows_of(output, start, end, rows).ok_or_else(|| {
-                    broken(format!("output '{}' has the shape {:?} for a batch of {rows}", spec.name, output.shape))
-                })?
-            };
-            Ok(Tensor { name: spec.name.clone(), datatype: output.datatype, shape, data })
-        })
-        .collect()
-}
-
-fn rows_of(output: &OutputTensor, start: usize, end: usize, rows: usize) -> Option<(Vec<i64>, Bytes)> {
-    let (dim, rest) = output.shape.split_first()?;
-    if usize::try_from(*dim).ok()? != rows {
-        return None;
-    }
-    let row_bytes = output.data.len().checked_div(rows).unwrap_or(0);
-    let mut shape = vec![i64::try_from(end - start).ok()?];
-    shape.extend_from_slice(rest);
-    Some((shape, output.data.slice(start * row_bytes..end * row_bytes)))
 }

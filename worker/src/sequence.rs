@@ -1,13 +1,18 @@
-//! Sequences on a worker: requests that share a state which the module keeps inside itself.
+//! Sequences on a worker: requests that share state.
 //!
-//! Every live sequence has a copy of the module to itself (the weights are shared). A worker is only a cache of a
-//! sequence's state: routers keep the truth, as a checkpoint and the inputs since. So after a request that made the model
-//! raise, when nobody knows what became of the state, a sequence simply ends here, and a router opens it anew from its
-//! journal. A caller that talks to the worker without a router has to start again, and is told so.
+//! A module that keeps its state inside itself has a copy for every live sequence (the weights are shared); state that goes
+//! in and out as tensors is kept here, and requests of different sequences share batches. A worker is only a cache of a
+//! sequence's state: routers keep the truth, as a checkpoint and the inputs since. So after a request that made a module
+//! with inner state raise, when nobody knows what became of it, a sequence simply ends here, and a router opens it anew from
+//! its journal. A caller that talks to the worker without a router has to start again, and is told so.
+mod controls;
+mod live;
+pub mod state;
+
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -17,29 +22,53 @@ use cresset_proto::{ids::SequenceId, tensor::Tensor};
 use dashmap::{DashMap, mapref::entry::Entry};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
+use self::live::Body;
+pub use self::{
+    controls::{Standing, control_inputs},
+    live::{LiveSequence, StepFailed, Stepped},
+};
 use crate::{
-    admission::{Admitted, Contract, SequenceSpec},
-    engine::{
-        EngineError, InputParts,
-        device::{PlacedModel, PlacedSequence},
-    },
+    admission::Admitted,
+    contract::{Contract, SequenceSpec},
+    engine::device::PlacedModel,
     error::PredictError,
     metrics::ModelMetrics,
-    queue::slice,
+    queue::{Answered, ModelQueue, Terms},
 };
 
 /// Requests of one sequence that may wait.
 const SEQUENCE_REQUESTS_MAX: usize = 256;
+/// Sequences that may wait for another to end.
+const BACKLOG_SEQUENCES_MAX: usize = 1024;
 
-/// The sequences of one model on one device.
+/// The sequences of one model.
 pub struct Sequences {
     contract: Arc<Contract>,
     spec: SequenceSpec,
-    model: PlacedModel,
+    home: Home,
     metrics: ModelMetrics,
     room: Arc<Semaphore>,
+    backlog: Semaphore,
     direct: DashMap<SequenceId, Direct>,
     next_life: AtomicU64,
+}
+
+/// Where sequences run.
+pub enum Home {
+    /// Each in a copy of one of these.
+    Copies {
+        /// The model's instances; never empty.
+        instances: Vec<PlacedModel>,
+        /// Whose turn it is.
+        next: AtomicUsize,
+    },
+    /// All through one queue, with their state beside them.
+    Queue {
+        /// The queue.
+        queue: Arc<ModelQueue>,
+        /// What a sequence begins with.
+        initial: Vec<Tensor>,
+    },
 }
 
 /// A sequence that its caller steers by id, straight at this worker.
@@ -52,42 +81,18 @@ struct Direct {
 #[derive(Debug)]
 struct DirectRequest {
     admitted: Admitted,
-    deadline: Option<Instant>,
+    terms: Terms,
+    start: bool,
     end: bool,
-    reply: oneshot::Sender<Result<Vec<Tensor>, PredictError>>,
-}
-
-/// A sequence that is open: its place and its copy of the module.
-pub struct LiveSequence {
-    contract: Arc<Contract>,
-    sequence: PlacedSequence,
-    metrics: ModelMetrics,
-    _room: OwnedSemaphorePermit,
-}
-
-/// A step's result.
-#[derive(Debug)]
-pub struct Stepped {
-    /// The outputs that the request wanted.
-    pub outputs: Vec<Tensor>,
-    /// The state after the step, if it was asked for and can be had.
-    pub checkpoint: Option<Bytes>,
-}
-
-/// A step that failed.
-#[derive(Debug)]
-pub struct StepFailed {
-    /// Why.
-    pub error: PredictError,
-    /// Whether the state is what it was before; if not, the sequence is over here.
-    pub state_intact: bool,
+    reply: oneshot::Sender<Result<Answered, PredictError>>,
 }
 
 impl Sequences {
     /// Sequences of a model.
-    pub fn new(contract: Arc<Contract>, spec: SequenceSpec, model: PlacedModel, metrics: ModelMetrics) -> Arc<Self> {
+    pub fn new(contract: Arc<Contract>, spec: SequenceSpec, home: Home, metrics: ModelMetrics) -> Arc<Self> {
         let room = Arc::new(Semaphore::new(spec.sequences_max));
-        Arc::new(Self { contract, spec, model, metrics, room, direct: DashMap::new(), next_life: AtomicU64::new(1) })
+        let backlog = Semaphore::new(BACKLOG_SEQUENCES_MAX);
+        Arc::new(Self { contract, spec, home, metrics, room, backlog, direct: DashMap::new(), next_life: AtomicU64::new(1) })
     }
 
     /// How many sequences are open.
@@ -102,21 +107,66 @@ impl Sequences {
         drop(self.room.acquire_many(all).await);
     }
 
-    /// Opens a sequence: new, or in the state that a checkpoint holds.
+    /// Refuses what waits and whatever comes.
+    pub fn close(&self) {
+        if let Home::Queue { queue, .. } = &self.home {
+            queue.close();
+        }
+    }
+
+    fn full(&self) -> PredictError {
+        PredictError::SequencesFull { model: self.contract.name.clone(), sequences_max: self.spec.sequences_max }
+    }
+
+    /// Opens a sequence, new or in the state that a checkpoint holds; or refuses at once, so that its router can ask
+    /// another replica.
     ///
     /// # Errors
     /// [`PredictError::SequencesFull`], or the engine's.
     pub async fn open(&self, checkpoint: Option<Bytes>) -> Result<LiveSequence, PredictError> {
-        let room = Arc::clone(&self.room).try_acquire_owned().map_err(|_| PredictError::SequencesFull {
-            model: self.contract.name.clone(),
-            sequences_max: self.spec.sequences_max,
-        })?;
+        let room = Arc::clone(&self.room).try_acquire_owned().map_err(|_| self.full())?;
+        self.open_in(room, checkpoint).await
+    }
+
+    /// Opens a new sequence, waiting in the backlog for another to end.
+    async fn open_in_turn(&self, deadline: Option<Instant>) -> Result<LiveSequence, PredictError> {
+        let room = match Arc::clone(&self.room).try_acquire_owned() {
+            Ok(room) => room,
+            Err(_) => {
+                let _waits = self.backlog.try_acquire().map_err(|_| self.full())?;
+                let turn = Arc::clone(&self.room).acquire_owned();
+                let turn = match deadline {
+                    Some(deadline) => tokio::time::timeout_at(deadline.into(), turn).await.map_err(|_| PredictError::Deadline)?,
+                    None => turn.await,
+                };
+                // The semaphore is never closed.
+                turn.map_err(|_| self.full())?
+            }
+        };
+        self.open_in(room, None).await
+    }
+
+    async fn open_in(&self, room: OwnedSemaphorePermit, checkpoint: Option<Bytes>) -> Result<LiveSequence, PredictError> {
         let engine = |source| PredictError::Engine { model: self.contract.name.clone(), source };
-        let sequence = self.model.open_sequence().await.map_err(engine)?;
-        if let Some(checkpoint) = checkpoint {
-            sequence.restore(checkpoint).await.map_err(engine)?;
-        }
-        Ok(LiveSequence { contract: Arc::clone(&self.contract), sequence, metrics: self.metrics.clone(), _room: room })
+        let body = match &self.home {
+            Home::Copies { instances, next } => {
+                let turn = next.fetch_add(1, Ordering::Relaxed) % instances.len().max(1);
+                let instance = instances.get(turn).ok_or_else(|| PredictError::Unloaded(self.contract.name.clone()))?;
+                let sequence = instance.open_sequence().await.map_err(engine)?;
+                if let Some(checkpoint) = checkpoint {
+                    sequence.restore(checkpoint).await.map_err(engine)?;
+                }
+                Body::Inside(sequence)
+            }
+            Home::Queue { queue, initial } => {
+                let states = match checkpoint {
+                    Some(checkpoint) => state::restore(&self.contract, &checkpoint).map_err(engine)?,
+                    None => initial.clone(),
+                };
+                Body::Tensors { queue: Arc::clone(queue), states }
+            }
+        };
+        Ok(LiveSequence { contract: Arc::clone(&self.contract), body, metrics: self.metrics.clone(), _room: room })
     }
 
     /// Puts a request into its sequence's line; requests of one sequence are run in the order of these calls. The answer
@@ -126,17 +176,17 @@ impl Sequences {
     /// [`PredictError::SequenceNotStarted`], [`PredictError::QueueFull`].
     pub fn enter(
         self: &Arc<Self>,
-        id: &SequenceId,
-        (start, end): (bool, bool),
+        standing: Standing<'_>,
         admitted: Admitted,
-        deadline: Option<Instant>,
-    ) -> Result<oneshot::Receiver<Result<Vec<Tensor>, PredictError>>, PredictError> {
+        terms: Terms,
+    ) -> Result<oneshot::Receiver<Result<Answered, PredictError>>, PredictError> {
+        let Standing { id, start, end } = standing;
         let requests = if start { self.start(id) } else { self.direct.get(id).map(|direct| direct.requests.clone()) };
         let model = || self.contract.name.clone();
         let not_started = || PredictError::SequenceNotStarted { model: model(), sequence: id.to_string() };
         let requests = requests.ok_or_else(not_started)?;
         let (reply, answer) = oneshot::channel();
-        match requests.try_send(DirectRequest { admitted, deadline, end, reply }) {
+        match requests.try_send(DirectRequest { admitted, terms, start, end, reply }) {
             Ok(()) => Ok(answer),
             Err(mpsc::error::TrySendError::Full(_)) => {
                 Err(PredictError::QueueFull { model: model(), requests_max: SEQUENCE_REQUESTS_MAX })
@@ -169,26 +219,28 @@ async fn run_direct(sequences: Arc<Sequences>, id: SequenceId, life: u64, mut li
     let idle = Duration::from_micros(sequences.spec.idle_us);
     let mut live: Option<LiveSequence> = None;
     while let Ok(Some(request)) = tokio::time::timeout(idle, line.recv()).await {
-        if request.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-            let _ = request.reply.send(Err(PredictError::Deadline));
+        let DirectRequest { admitted, terms, start, end, reply } = request;
+        if terms.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            let _ = reply.send(Err(PredictError::Deadline));
             continue;
         }
         let open = match live.take() {
             Some(open) => Ok(open),
-            None => sequences.open(None).await,
+            None => sequences.open_in_turn(terms.deadline).await,
         };
         let mut open = match open {
             Ok(open) => open,
             Err(error) => {
-                let _ = request.reply.send(Err(error));
+                let _ = reply.send(Err(error));
                 break;
             }
         };
-        let (result, intact) = match open.step(&request.admitted, false).await {
-            Ok(stepped) => (Ok(stepped.outputs), true),
+        let standing = Standing { id: &id, start, end };
+        let (result, intact) = match open.step(admitted, standing, terms, false).await {
+            Ok(Stepped { outputs, queued, timing, .. }) => (Ok(Answered { outputs, queued, timing }), true),
             Err(failed) => (Err(failed.error), failed.state_intact),
         };
-        let over = request.end || !intact;
+        let over = end || !intact;
         if over {
             // Before the answer: who has it may start the next sequence at once and must find room.
             sequences.forget(&id, life);
@@ -196,7 +248,7 @@ async fn run_direct(sequences: Arc<Sequences>, id: SequenceId, life: u64, mut li
         } else {
             live = Some(open);
         }
-        let _ = request.reply.send(result);
+        let _ = reply.send(result);
         if over {
             break;
         }
@@ -206,45 +258,5 @@ async fn run_direct(sequences: Arc<Sequences>, id: SequenceId, life: u64, mut li
     while let Ok(request) = line.try_recv() {
         let error = PredictError::SequenceNotStarted { model: sequences.contract.name.clone(), sequence: id.to_string() };
         let _ = request.reply.send(Err(error));
-    }
-}
-
-impl LiveSequence {
-    /// Runs the next request. Calls have to be made in turn.
-    ///
-    /// # Errors
-    /// [`StepFailed`] also says what became of the state.
-    pub async fn step(&mut self, admitted: &Admitted, want_checkpoint: bool) -> Result<Stepped, StepFailed> {
-        let inputs = admitted
-            .inputs
-            .iter()
-            .map(|tensor| InputParts { datatype: tensor.datatype, shape: tensor.shape.clone(), parts: vec![tensor.data.clone()] })
-            .collect();
-        let failed = |source: EngineError| StepFailed {
-            // Inputs are checked before the module sees them.
-            state_intact: matches!(source, EngineError::BadInput(_)),
-            error: PredictError::Engine { model: self.contract.name.clone(), source },
-        };
-        let begun = Instant::now();
-        let slot = self.sequence.thread().slot().await.map_err(failed)?;
-        let (outputs, checkpoint) = if want_checkpoint {
-            let stepped = slot.step_and_checkpoint(&self.sequence, inputs).await.map_err(failed)?;
-            (stepped.outputs, Some(stepped.checkpoint))
-        } else {
-            (slot.step(&self.sequence, inputs).await.map_err(failed)?, None)
-        };
-        self.metrics.batch(1, begun.elapsed());
-        let checkpoint = match checkpoint {
-            Some(Ok(checkpoint)) => Some(checkpoint),
-            Some(Err(error)) => {
-                tracing::warn!(model = self.contract.name, %error, "a sequence's state can't be saved");
-                None
-            }
-            None => None,
-        };
-        match slice(&self.contract, &admitted.outputs, &outputs, (0, 1), 1) {
-            Ok(outputs) => Ok(Stepped { outputs, checkpoint }),
-            Err(error) => Err(StepFailed { error, state_intact: false }),
-        }
     }
 }

@@ -18,6 +18,18 @@ pub struct InputParts {
     pub parts: Vec<Bytes>,
 }
 
+impl InputParts {
+    /// An optional input that a call leaves out: the argument's default is taken, or None.
+    pub fn absent(datatype: Datatype) -> Self {
+        Self { datatype, shape: vec![-1], parts: vec![] }
+    }
+
+    /// Whether the call leaves this input out.
+    pub fn is_absent(&self) -> bool {
+        self.shape == [-1]
+    }
+}
+
 /// One output of a call.
 #[derive(Clone, Debug)]
 pub struct OutputTensor {

@@ -27,6 +27,7 @@ pub use cresset_proto::tensor::Datatype;
 pub use self::call::{InputParts, OutputTensor, Outputs, Timing};
 pub use self::error::{EngineError, MESSAGE_BYTES_MAX, short_message};
 pub use self::signature::{Argument, ArgumentKind, Signature};
+pub(crate) use self::torch::checkpoint as seal;
 pub use self::torch::{TorchEngine, set_threads};
 
 /// Where a model runs.

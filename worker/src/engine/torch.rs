@@ -4,7 +4,7 @@
 //! the file left it and never runs: sequences are copies of it which share its weights and its
 //! compiled code, and a checkpoint is what differs from it.
 
-mod checkpoint;
+pub(crate) mod checkpoint;
 mod ffi;
 mod native;
 

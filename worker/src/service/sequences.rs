@@ -2,9 +2,14 @@
 use std::{pin::Pin, sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use cresset_proto::fleet::v1::{
-    Open, RunRequest, RunResponse, Step, StepError, run_request::Message, run_response,
-    sequences_service_server::SequencesService,
+use cresset_proto::{
+    fleet::v1::{
+        Open, RunRequest, RunResponse, Step, StepError, run_request::Message, run_response,
+        sequences_service_server::SequencesService,
+    },
+    ids::SequenceId,
+    inference::ModelInferRequest,
+    parameters::Parameters,
 };
 use futures::Stream;
 use tokio::sync::mpsc;
@@ -13,11 +18,13 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
 use crate::{
+    admission::Admitted,
     error::PredictError,
     metrics,
     models::{Runner, ServedModel},
     predict::{Worker, admit, respond},
-    sequence::LiveSequence,
+    queue::Terms,
+    sequence::{LiveSequence, Standing},
 };
 
 /// Responses that may wait for a slow reader; beyond them the sequence isn't run on.
@@ -115,8 +122,15 @@ async fn answer(worker: &Arc<Worker>, served: &ServedModel, live: &mut LiveSeque
     let begun = Instant::now();
     let ordinal = step.ordinal;
     let mut request = step.request.unwrap_or_default();
-    let outcome = match admit(served, &mut request) {
-        Ok(admitted) => live.step(&admitted, step.want_checkpoint).await.map_err(|failed| (failed.error, failed.state_intact)),
+    let outcome = match checked(served, &mut request) {
+        Ok((parameters, admitted)) => {
+            // Routers send the caller's own parameters along. One that came without an id is told apart by its stream.
+            let id = parameters.sequence_id.unwrap_or(SequenceId::Number(0));
+            let standing = Standing { id: &id, start: parameters.sequence_start, end: parameters.sequence_end };
+            let terms = Terms { priority: parameters.priority, timeout_us: parameters.timeout_us, deadline: None };
+            let stepped = live.step(admitted, standing, terms, step.want_checkpoint).await;
+            stepped.map_err(|failed| (failed.error, failed.state_intact))
+        }
         Err(error) => Err((error, true)),
     };
     let reason = outcome.as_ref().err().map(|(error, _)| error.reason().as_str());
@@ -136,6 +150,11 @@ async fn answer(worker: &Arc<Worker>, served: &ServedModel, live: &mut LiveSeque
             (message(ordinal, run_response::Result::Error(error), None), intact)
         }
     }
+}
+
+fn checked(served: &ServedModel, request: &mut ModelInferRequest) -> Result<(Parameters, Admitted), PredictError> {
+    let parameters = Parameters::read(&request.parameters)?;
+    Ok((parameters, admit(served, request)?))
 }
 
 fn message(ordinal: u64, result: run_response::Result, checkpoint: Option<Bytes>) -> RunResponse {
