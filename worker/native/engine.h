@@ -69,6 +69,7 @@ typedef struct crst_argument {
 // The type of an input's or a result's elements: a c10::ScalarType, or one of these.
 enum {
   CRST_TYPE_NONE = -1,   // a value that can't be answered
+  CRST_TYPE_ABSENT = -3,  // an optional input that a call leaves out
   CRST_TYPE_BYTES = -2,  // byte strings, in the wire's framing: u32 length, little endian, then the bytes
 };
 

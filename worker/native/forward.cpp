@@ -18,13 +18,19 @@ std::vector<IValue> arguments(const Plan& plan, at::Device device, const crst_in
   stack.reserve(plan.arguments.size() + 1);
   for (const auto& argument : plan.arguments) {
     size_t at = argument.input;
-    if (argument.kind == CRST_ARG_INPUT && inputs[at].type == CRST_TYPE_BYTES) {
+    if (argument.kind == CRST_ARG_INPUT && inputs[at].type == CRST_TYPE_ABSENT) {
+      // The argument's default, or None.
+      stack.push_back(argument.value);
+    } else if (argument.kind == CRST_ARG_INPUT && inputs[at].type == CRST_TYPE_BYTES) {
       stack.emplace_back(texts_of(inputs[at], plan.names[at]));
     } else if (argument.kind == CRST_ARG_INPUT) {
       stack.emplace_back(tensor_of(inputs[at], plan.names[at], device, Unsigned::kWiden));
     } else if (argument.kind == CRST_ARG_DICT) {
       c10::Dict<std::string, at::Tensor> dict;
       for (size_t i = 0; i < count; i++) {
+        if (inputs[i].type == CRST_TYPE_ABSENT) {
+          continue;
+        }
         dict.insert(plan.names[i], tensor_of(inputs[i], plan.names[i], device, Unsigned::kWiden));
       }
       stack.emplace_back(std::move(dict));

@@ -205,6 +205,10 @@ int32_t crst_module_bind(crst_module* module, const crst_argument* arguments, si
       switch (from.kind) {
         case CRST_ARG_INPUT:
           argument.input = static_cast<size_t>(from.integer);
+          // For a call that leaves the input out.
+          if (schema.arguments()[i + 1].default_value().has_value()) {
+            argument.value = schema.arguments()[i + 1].default_value().value();
+          }
           break;
         case CRST_ARG_DEFAULT:
           argument.value = schema.arguments()[i + 1].default_value().value();

@@ -26,7 +26,7 @@ use crate::{
     assignment::{ReplicaKey, StaleIntent, Step, steps},
     contract::{Contract, ContractError, InstanceKind, Memory, OutputSpec},
     engine::{
-        Device, Engine, EngineError, InputBinding, LoadSpec, OutputBinding,
+        Device, Engine, EngineError, InputBinding, LoadSpec, OutputBinding, Signature,
         device::{DeviceThread, PlacedModel},
     },
     error::PredictError,
@@ -296,6 +296,7 @@ impl Inner {
         for device in self.places(&contract)? {
             spec.device = device;
             let mut model = self.engine.load(&spec)?;
+            takes_what_is_left_out(&contract, model.signature()).map_err(LoadError::File)?;
             warm_up(model.as_mut(), &contract, &initial, |file| read("warmup", file))?;
             instances.push(DeviceThread::spawn(device).map_err(LoadError::Thread)?.place(model));
         }
@@ -406,4 +407,18 @@ fn read_side_file(path: &Path, folder: &str, file: &str) -> Result<Bytes, String
         return Err(format!("the model's file {name} has {bytes} bytes, the limit is {SIDE_FILE_BYTES_MAX}"));
     }
     std::fs::read(path).map(Bytes::from).map_err(fail)
+}
+
+/// Whether the arguments of `forward` that optional inputs are bound to by name can do without them.
+fn takes_what_is_left_out(contract: &Contract, signature: &Signature) -> Result<(), String> {
+    for spec in contract.inputs.iter().filter(|spec| spec.optional) {
+        let argument = signature.arguments.iter().find(|argument| argument.name == spec.name);
+        if argument.is_some_and(|argument| !argument.has_default && !argument.type_name.starts_with("Optional")) {
+            let name = &spec.name;
+            return Err(format!(
+                "input '{name}' is optional, so argument '{name}' of forward must be Optional or have a default"
+            ));
+        }
+    }
+    Ok(())
 }

@@ -65,6 +65,9 @@ impl CallShape {
 
 fn check_input(input: &InputParts, binding: &InputBinding) -> Result<(), String> {
     let name = &binding.name;
+    if input.is_absent() {
+        return Ok(());
+    }
     if input.datatype != binding.datatype {
         return Err(format!("input '{name}' is {}, expected {}", input.datatype, binding.datatype));
     }

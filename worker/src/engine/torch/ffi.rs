@@ -13,6 +13,7 @@ pub const BAD_INPUT: i32 = 6;
 
 pub const TYPE_NONE: i32 = -1;
 pub const TYPE_BYTES: i32 = -2;
+pub const TYPE_ABSENT: i32 = -3;
 
 pub const ARG_INPUT: i32 = 0;
 pub const ARG_DEFAULT: i32 = 1;

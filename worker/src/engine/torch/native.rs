@@ -230,7 +230,7 @@ fn with_inputs(
     let mut tensors = Vec::with_capacity(inputs.len());
     for (input, parts) in inputs.iter().zip(&parts) {
         tensors.push(ffi::Input {
-            code: code(input.datatype),
+            code: if input.is_absent() { ffi::TYPE_ABSENT } else { code(input.datatype) },
             shape: input.shape.as_ptr(),
             rank: input.shape.len(),
             parts: parts.as_ptr(),
