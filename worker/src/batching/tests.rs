@@ -148,7 +148,7 @@ fn answers_leave_in_order() {
 }
 
 prop_compose! {
-    fn any_request()(arrived_us in 0u64..200, rows in 0usize..9, shape_class in 0u64..3, level in 0u64..3,
+    fn any_request()(arrived_us in 0u64..100, rows in 0usize..9, shape_class in 0u64..3, level in 0u64..3,
                      times_out in prop::option::of(0u64..400), deadline in prop::option::of(0u64..400)) -> Waiting {
         Waiting { arrived_us, rows, bytes: rows, shape_class, level, times_out_us: times_out.map(|at| at + 1), deadline_us: deadline }
     }
@@ -169,7 +169,7 @@ proptest! {
         };
         let mut line = line(&requests);
         let mut left: Vec<usize> = (0..requests.len()).collect();
-        let mut now_us = 0;
+        let mut now_us = 100;
         loop {
             for (why, number) in line.expire(&queueing, now_us) {
                 let request = &requests[number];

@@ -7,6 +7,9 @@ use bytes::Bytes;
 
 use super::Datatype;
 
+/// The one dimension of an input that a call leaves out; no request can bring it.
+const ABSENT: i64 = i64::MIN;
+
 /// One input of a call: the parts that, one after the other, are the whole tensor.
 #[derive(Clone, Debug)]
 pub struct InputParts {
@@ -21,12 +24,12 @@ pub struct InputParts {
 impl InputParts {
     /// An optional input that a call leaves out: the argument's default is taken, or None.
     pub fn absent(datatype: Datatype) -> Self {
-        Self { datatype, shape: vec![-1], parts: vec![] }
+        Self { datatype, shape: vec![ABSENT], parts: vec![] }
     }
 
     /// Whether the call leaves this input out.
     pub fn is_absent(&self) -> bool {
-        self.shape == [-1]
+        self.shape == [ABSENT]
     }
 }
 
