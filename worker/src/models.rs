@@ -387,6 +387,7 @@ fn load_spec(contract: &Contract, path: std::path::PathBuf) -> Result<LoadSpec, 
             .chain(states)
             .map(|(name, datatype)| OutputBinding { name: name.clone(), datatype: Some(datatype) })
             .collect(),
+        decoupled: contract.decoupled,
     })
 }
 
