@@ -24,6 +24,8 @@ pub mod keys {
     pub const TIMEOUT: &str = "timeout";
     /// Asks for an empty response that carries the final flag.
     pub const EMPTY_FINAL: &str = "triton_enable_empty_final_response";
+    /// On requests of a stream: the answer may overtake others. Ours, not Triton's.
+    pub const UNORDERED: &str = "cresset_unordered";
     /// On stream responses: the last one of its request.
     pub const FINAL: &str = "triton_final_response";
 }

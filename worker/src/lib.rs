@@ -9,6 +9,7 @@
 //! | [`batch`] | from requests to one call, from its results to answers; with [`ragged`] shapes and [`classify`] |
 //! | [`queue`] | requests that wait, and the tasks that feed the devices |
 //! | [`sequence`] | requests that share state |
+//! | [`decoupled`] | requests with any number of answers |
 //! | [`assignment`] | what to load and unload so that the worker runs what it should; pure |
 //! | [`models`] | fetch, verify, load, [warm up](warm_up), serve, unload |
 //! | [`membership`] | the tie to the leader |
@@ -23,6 +24,7 @@ pub mod batching;
 pub mod classify;
 pub mod config;
 pub mod contract;
+pub mod decoupled;
 pub mod engine;
 pub mod error;
 pub mod membership;
@@ -146,6 +148,7 @@ fn idle(worker: &Worker) -> bool {
     worker.in_flight() == 0
         && worker.models.served().iter().all(|served| match &served.runner {
             Runner::Queue(queue) => queue.is_empty(),
+            Runner::Decoupled(decoupled) => decoupled.is_empty(),
             Runner::Sequences(_) => true,
         })
 }

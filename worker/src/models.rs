@@ -25,6 +25,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::{
     assignment::{ReplicaKey, StaleIntent, Step, steps},
     contract::{Contract, ContractError, InstanceKind, Memory, OutputSpec},
+    decoupled::Decoupled,
     engine::{
         Device, Engine, EngineError, InputBinding, LoadSpec, OutputBinding, Signature,
         device::{DeviceThread, PlacedModel},
@@ -60,6 +61,8 @@ pub enum Runner {
     Queue(Arc<ModelQueue>),
     /// Requests that share state.
     Sequences(Arc<Sequences>),
+    /// Requests with any number of answers.
+    Decoupled(Arc<Decoupled>),
 }
 
 impl Drop for ServedModel {
@@ -67,6 +70,8 @@ impl Drop for ServedModel {
         match &self.runner {
             Runner::Queue(queue) => queue.close(),
             Runner::Sequences(sequences) => sequences.close(),
+            // Who still reads holds its own copy of the model.
+            Runner::Decoupled(_) => {}
         }
     }
 }
@@ -360,6 +365,9 @@ fn runner(
     bounds: Bounds,
     metrics: &ModelMetrics,
 ) -> Runner {
+    if contract.decoupled {
+        return Runner::Decoupled(Decoupled::new(Arc::clone(contract), instances, bounds, metrics.clone()));
+    }
     let queue = |instances| ModelQueue::start(Arc::clone(contract), instances, bounds, metrics.clone());
     let Some(spec) = contract.sequence.clone() else { return Runner::Queue(queue(instances)) };
     let home = match spec.memory {

@@ -16,10 +16,12 @@ use cresset_proto::{
     parameters::Parameters,
     tensor::{Tensor, push_output, take_inputs},
 };
+use futures::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream};
 use tracing::{Instrument, Span};
 
 use crate::{
     admission::Admitted,
+    decoupled::Responses,
     error::PredictError,
     metrics,
     models::{Models, Runner, ServedModel},
@@ -117,59 +119,113 @@ impl Worker {
     }
 
     /// Checks a request and puts it into its line at once, so that requests of a sequence keep their order; the future
-    /// waits for the answer.
+    /// waits for the answer. For calls that can have only one.
     pub fn begin(
         self: &Arc<Self>,
         mut request: ModelInferRequest,
         deadline: Option<Instant>,
         span: Span,
     ) -> impl Future<Output = Result<ModelInferResponse, PredictError>> + Send + use<> {
-        let counted = self.count();
-        let begun = Instant::now();
-        let entered = span.in_scope(|| self.enter(&mut request, deadline));
-        async move {
-            let _counted = counted;
-            let (served, answer) = match entered {
-                Ok((served, waiting)) => {
-                    let answer = waiting.answer(&served).await;
-                    (Some(served), answer)
-                }
-                Err((served, error)) => (served, Err(error)),
-            };
-            if let Some(served) = &served {
-                served.metrics.request(answer.as_ref().err().map(|error| error.reason().as_str()), begun.elapsed());
-            }
-            match answer {
-                Ok(answered) => Ok(respond(served.as_deref(), request.id, answered.outputs)),
-                Err(error) => {
-                    if error.is_ours() {
-                        tracing::warn!(%error, "a request failed");
-                    }
-                    Err(error)
-                }
-            }
-        }
-        .instrument(span)
+        let watch = self.watch();
+        let entered = span.in_scope(|| self.enter(&mut request, deadline, false));
+        one(watch, entered, request.id).instrument(span)
     }
 
-    #[allow(clippy::type_complexity)]
-    fn enter(
-        &self,
-        request: &mut ModelInferRequest,
-        deadline: Option<Instant>,
-    ) -> Result<(Arc<ServedModel>, Waiting), (Option<Arc<ServedModel>>, PredictError)> {
+    /// As [`begin`](Self::begin), for callers that take any number of answers.
+    pub fn begin_any(self: &Arc<Self>, mut request: ModelInferRequest, deadline: Option<Instant>, span: Span) -> Begun {
+        let watch = self.watch();
+        match span.in_scope(|| self.enter(&mut request, deadline, true)) {
+            Ok((served, Waiting::Decoupled(responses))) => Begun::Many(many(watch, served, responses, request.id, span)),
+            entered => Begun::One(one(watch, entered, request.id).instrument(span).boxed()),
+        }
+    }
+
+    fn watch(self: &Arc<Self>) -> Watch {
+        Watch { _counted: self.count(), begun: Instant::now() }
+    }
+
+    fn enter(&self, request: &mut ModelInferRequest, deadline: Option<Instant>, takes_many: bool) -> Entered {
         let served = self.models.find(&request.model_name, &request.model_version).map_err(|error| (None, error))?;
-        match line_up(&served, request, deadline) {
+        match line_up(&served, request, deadline, takes_many) {
             Ok(waiting) => Ok((served, waiting)),
             Err(error) => Err((Some(served), error)),
         }
     }
 }
 
+/// A request that was taken.
+pub enum Begun {
+    /// It has one answer.
+    One(BoxFuture<'static, Result<ModelInferResponse, PredictError>>),
+    /// It has any number of them.
+    Many(BoxStream<'static, Result<ModelInferResponse, PredictError>>),
+}
+
+type Entered = Result<(Arc<ServedModel>, Waiting), (Option<Arc<ServedModel>>, PredictError)>;
+
+/// Counts a request and knows when it came.
+struct Watch {
+    _counted: Counted,
+    begun: Instant,
+}
+
+impl Watch {
+    /// Notes how a request ended, once.
+    fn ended(&self, served: Option<&ServedModel>, error: Option<&PredictError>) {
+        if let Some(served) = served {
+            served.metrics.request(error.map(|error| error.reason().as_str()), self.begun.elapsed());
+        }
+        if let Some(error) = error.filter(|error| error.is_ours()) {
+            tracing::warn!(%error, "a request failed");
+        }
+    }
+}
+
+async fn one(watch: Watch, entered: Entered, id: String) -> Result<ModelInferResponse, PredictError> {
+    let (served, answer) = match entered {
+        Ok((served, waiting)) => {
+            let answer = waiting.answer(&served).await;
+            (Some(served), answer)
+        }
+        Err((served, error)) => (served, Err(error)),
+    };
+    watch.ended(served.as_deref(), answer.as_ref().err());
+    answer.map(|answered| respond(served.as_deref(), id, answered.outputs))
+}
+
+fn many(
+    watch: Watch,
+    served: Arc<ServedModel>,
+    responses: Responses,
+    id: String,
+    span: Span,
+) -> BoxStream<'static, Result<ModelInferResponse, PredictError>> {
+    let state = Some((watch, responses));
+    let next = move |state: Option<(Watch, Responses)>| {
+        let (served, id, span) = (Arc::clone(&served), id.clone(), span.clone());
+        async move {
+            let (watch, mut responses) = state?;
+            match responses.recv().await {
+                Some(Ok(answered)) => Some((Ok(respond(Some(&served), id, answered.outputs)), Some((watch, responses)))),
+                Some(Err(error)) => {
+                    span.in_scope(|| watch.ended(Some(&served), Some(&error)));
+                    Some((Err(error), None))
+                }
+                None => {
+                    watch.ended(Some(&served), None);
+                    None
+                }
+            }
+        }
+    };
+    futures::stream::unfold(state, next).boxed()
+}
+
 /// A request that has passed every check.
 enum Waiting {
     Queue(Admitted, Terms),
     Sequence(tokio::sync::oneshot::Receiver<Result<Answered, PredictError>>),
+    Decoupled(Responses),
 }
 
 impl Waiting {
@@ -183,19 +239,28 @@ impl Waiting {
                 }
                 None => queue.run(admitted, terms).await,
             },
-            (Self::Queue(..), Runner::Sequences(_)) => Err(unloaded()),
             (Self::Sequence(answer), _) => answer.await.unwrap_or_else(|_| Err(unloaded())),
+            (Self::Queue(..) | Self::Decoupled(_), _) => Err(unloaded()),
         }
     }
 }
 
-fn line_up(served: &ServedModel, request: &mut ModelInferRequest, deadline: Option<Instant>) -> Result<Waiting, PredictError> {
+fn line_up(
+    served: &ServedModel,
+    request: &mut ModelInferRequest,
+    deadline: Option<Instant>,
+    takes_many: bool,
+) -> Result<Waiting, PredictError> {
+    if served.contract.decoupled && !takes_many {
+        return Err(PredictError::Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy".into()));
+    }
     let parameters = Parameters::read(&request.parameters)?;
     let terms = Terms { deadline, priority: parameters.priority, timeout_us: parameters.timeout_us };
     let admitted = admit(served, request)?;
     match &served.runner {
         // Sequence parameters on a model whose requests are independent mean nothing, as in Triton.
         Runner::Queue(_) => Ok(Waiting::Queue(admitted, terms)),
+        Runner::Decoupled(decoupled) => Ok(Waiting::Decoupled(decoupled.run(admitted, terms)?)),
         Runner::Sequences(sequences) => {
             let id = parameters.sequence_id.ok_or_else(|| PredictError::NoSequenceId(served.key.model.clone()))?;
             let standing = Standing { id: &id, start: parameters.sequence_start, end: parameters.sequence_end };

@@ -1,6 +1,7 @@
 //! The worker's gRPC services: decode, ask, encode. Nothing is decided here.
 mod inference;
 mod sequences;
+mod stream;
 
 use std::{sync::Arc, time::Instant};
 

@@ -75,6 +75,7 @@ fn call(model: &mut dyn Model, contract: &Contract, inputs: &[InputParts]) -> Re
     match &contract.sequence {
         // A copy, so that the model itself stays as its file left it.
         Some(spec) if spec.states().is_empty() => model.open_sequence()?.step(inputs).map(drop),
+        None if contract.decoupled => model.open_generation(inputs)?.next().map(drop),
         _ => model.infer(inputs).map(drop),
     }
 }

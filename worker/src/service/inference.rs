@@ -6,18 +6,14 @@ use cresset_proto::{
     fleet::v1::ReplicaState,
     inference::{grpc_inference_service_server::GrpcInferenceService, repository_index_response::ModelIndex, *},
     model_config::metadata,
-    parameters::{bool_parameter, keys},
     reason::Reason,
 };
 use cresset_runtime::telemetry::continue_trace;
-use futures::{Stream, StreamExt};
+use futures::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{deadline, fence};
+use super::{deadline, fence, stream};
 use crate::predict::Worker;
-
-/// Requests of one stream that may be in flight; beyond them the stream isn't read on.
-const STREAM_REQUESTS_MAX: usize = 128;
 
 pub(super) struct Inference {
     pub(super) worker: Arc<Worker>,
@@ -78,41 +74,9 @@ impl GrpcInferenceService for Inference {
     type ModelStreamInferStream = Pin<Box<dyn Stream<Item = Result<ModelStreamInferResponse, Status>> + Send>>;
 
     async fn model_stream_infer(&self, request: Request<Streaming<ModelInferRequest>>) -> Answer<Self::ModelStreamInferStream> {
+        let deadline = deadline(request.metadata());
         let metadata = request.metadata().clone();
-        let strict = metadata.get("triton_grpc_error").is_some_and(|value| value == "true");
-        let deadline = deadline(&metadata);
-        let worker = Arc::clone(&self.worker);
-        let answers = request
-            .into_inner()
-            .map(move |request| {
-                let request = request?;
-                // A worker that goes away ends its streams: what was taken is answered, the next request moves.
-                fence(&worker, &metadata).map_err(|error| error.status())?;
-                let span = worker.span(&request);
-                continue_trace(&span, &metadata);
-                let echo =
-                    ModelInferResponse { id: request.id.clone(), model_name: request.model_name.clone(), ..Default::default() };
-                // The deadline is the stream's and ends it as a whole; dropping a request takes it out of its line.
-                let answer = worker.begin(request, None, span);
-                Ok(async move { (echo, answer.await) })
-            })
-            // Requests enter their lines in the order of the stream; so do the answers leave.
-            .map(|begun: Result<_, Status>| async move {
-                match begun {
-                    Ok(answer) => Ok(answer.await),
-                    Err(status) => Err(status),
-                }
-            })
-            .buffered(STREAM_REQUESTS_MAX);
-        let responses = answers.map(move |answer| {
-            let (error_message, mut response) = match answer? {
-                (_, Ok(response)) => (String::new(), response),
-                (_, Err(error)) if strict => return Err(error.status()),
-                (echo, Err(error)) => (error.to_string(), echo),
-            };
-            response.parameters.insert(keys::FINAL.into(), bool_parameter(true));
-            Ok(ModelStreamInferResponse { error_message, infer_response: Some(response) })
-        });
+        let responses = stream::answers(Arc::clone(&self.worker), metadata, request.into_inner());
         Ok(Response::new(Box::pin(until_end(responses, deadline.map(Into::into)))))
     }
 
