@@ -2,6 +2,8 @@
 //!
 //! The device is a real thread with real libtorch. Where an order matters, the test's runtime has one thread: requests that
 //! are joined enter the queue before anything is cut from it.
+mod features;
+
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -11,6 +13,7 @@ use bytes::Bytes;
 use cresset_client::repository::Repository;
 use cresset_proto::{
     fleet::v1::{Assignment, Intent, ReplicaState},
+    ids::SequenceId,
     inference::{
         ModelInferRequest, ModelInferResponse,
         model_infer_request::{InferInputTensor, InferRequestedOutputTensor},
@@ -28,7 +31,8 @@ use cresset_worker::{
     error::PredictError,
     models::{Models, Runner},
     predict::Worker,
-    queue::Bounds,
+    queue::{Bounds, Terms},
+    sequence::Standing,
 };
 use futures::future::join_all;
 use prost::Message;
@@ -151,9 +155,14 @@ fn crowd() -> Script {
     Script::new("def forward(self, x):\n  assert float(x.min()) >= 0.0, \"a negative element\"\n  return x * 0 + x.size(0)\n")
 }
 
-/// Says how often it was run.
+/// Says how often it was run; takes long if the first number is negative.
 fn counting() -> Script {
-    Script::new("def forward(self, x):\n  self.calls += 1\n  return x * 0 + self.calls\n").attribute("calls", "int", "0")
+    Script::new(&format!(
+        "def forward(self, x):\n  self.calls += 1\n  if float(x[0]) < 0.0:\n    m = self.matrix\n    for i in range({SLOW_ROUNDS}):\n      \
+         m = torch.tanh(torch.mm(m, self.matrix))\n    x = x + m[0, 0] * 0\n  return x * 0 + self.calls\n"
+    ))
+    .attribute("calls", "int", "0")
+    .parameter("matrix", "torch.ones([16, 16]) * 0.001")
 }
 
 fn one_by_one(more: &str) -> String {
@@ -233,13 +242,11 @@ async fn requests_of_many_sizes_and_shapes_get_their_own_rows_back() {
     }
 }
 
-/// A worker with `counting`, and a device that is busy with `slow` for a while: one request runs, one is ready on the
-/// device's own short line, and one waits for room there, before anything of `counting` can.
+/// A worker whose model counts its calls, and takes long for a negative number: so many requests for that come first.
 async fn busy() -> (Bench, f32) {
     let models = ModelRepository::new().unwrap();
-    models.add_script("slow", &fp32_model(1, ""), &testing::slow(16, SLOW_ROUNDS)).unwrap();
     models.add_script("counting", &one_by_one(""), &counting()).unwrap();
-    let bench = Bench::serving(models, &["slow", "counting"], AMPLE).await;
+    let bench = Bench::serving(models, &["counting"], AMPLE).await;
     let so_far = values(&bench.infer(vector("counting", &[0.0])).await.unwrap())[0];
     (bench, so_far)
 }
@@ -247,7 +254,7 @@ async fn busy() -> (Bench, f32) {
 #[tokio::test]
 async fn a_request_whose_deadline_passed_is_never_run() {
     let (bench, so_far) = busy().await;
-    let slow = join_all((0..3).map(|_| bench.infer(batch_of("slow", &[1.0]))));
+    let slow = join_all((0..3).map(|_| bench.infer(vector("counting", &[-1.0]))));
     let deadline = Some(Instant::now() + Duration::from_millis(20));
     let late = join_all((0..5).map(|_| bench.infer_until(vector("counting", &[0.0]), deadline)));
     let (slow, late) = futures::join!(slow, late);
@@ -255,13 +262,13 @@ async fn a_request_whose_deadline_passed_is_never_run() {
     for answer in late {
         assert_eq!(reason(&answer), Some(Reason::DeadlineExceeded), "{answer:?}");
     }
-    assert_eq!(values(&bench.infer(vector("counting", &[0.0])).await.unwrap()), [so_far + 1.0], "expired requests were run");
+    assert_eq!(values(&bench.infer(vector("counting", &[0.0])).await.unwrap()), [so_far + 4.0], "expired requests were run");
 }
 
 #[tokio::test]
 async fn a_request_whose_caller_left_is_never_run() {
     let (bench, so_far) = busy().await;
-    let slow = join_all((0..3).map(|_| bench.infer(batch_of("slow", &[1.0]))));
+    let slow = join_all((0..3).map(|_| bench.infer(vector("counting", &[-1.0]))));
     let mut left = Box::pin(join_all((0..5).map(|_| bench.infer(vector("counting", &[0.0])))));
     let gone = async move {
         // Enough to enter the queue, and then it is dropped.
@@ -270,7 +277,7 @@ async fn a_request_whose_caller_left_is_never_run() {
     };
     let (slow, ()) = futures::join!(slow, gone);
     assert!(slow.iter().all(Result::is_ok));
-    assert_eq!(values(&bench.infer(vector("counting", &[0.0])).await.unwrap()), [so_far + 1.0], "abandoned requests were run");
+    assert_eq!(values(&bench.infer(vector("counting", &[0.0])).await.unwrap()), [so_far + 4.0], "abandoned requests were run");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -401,14 +408,19 @@ async fn a_checkpoint_continues_a_sequence_elsewhere_with_every_bit() {
         request.inputs[0].shape = vec![1, 512];
         cresset_worker::predict::admit(&served, &mut request).unwrap()
     };
+    let id = SequenceId::Number(1);
+    let standing = Standing { id: &id, start: false, end: false };
     let mut one = sequences.open(None).await.unwrap();
     for at in 0..7 {
-        one.step(&chunk(at), false).await.unwrap();
+        one.step(chunk(at), standing, Terms::default(), false).await.unwrap();
     }
-    let checkpoint = one.step(&chunk(7), true).await.unwrap().checkpoint.unwrap();
+    let checkpoint = one.step(chunk(7), standing, Terms::default(), true).await.unwrap().checkpoint.unwrap();
     let mut other = sequences.open(Some(checkpoint)).await.unwrap();
     for at in 8..16 {
-        let (here, there) = (one.step(&chunk(at), false).await.unwrap(), other.step(&chunk(at), false).await.unwrap());
+        let (here, there) = (
+            one.step(chunk(at), standing, Terms::default(), false).await.unwrap(),
+            other.step(chunk(at), standing, Terms::default(), false).await.unwrap(),
+        );
         assert_eq!(here.outputs, there.outputs, "chunk {at}");
     }
     assert!(sequences.open(Some(Bytes::from_static(b"no checkpoint"))).await.is_err());

@@ -62,6 +62,13 @@ impl Decoupled {
         self.len() == 0
     }
 
+    /// Returns once there are none.
+    pub async fn idle(&self) {
+        let all = u32::try_from(self.bounds.requests_max.min(Semaphore::MAX_PERMITS)).unwrap_or(u32::MAX);
+        // The semaphore is never closed.
+        drop(self.waiting.acquire_many(all).await);
+    }
+
     /// Takes a request. Dropping the receiver ends it.
     ///
     /// # Errors
