@@ -358,7 +358,10 @@ async fn sequences_have_a_limit_and_an_end_makes_room() {
     for id in [1, 2] {
         bench.infer(step("sum", id, 1.0, (true, false))).await.unwrap();
     }
-    let third = bench.infer(step("sum", 3, 1.0, (true, false))).await;
+    let served = bench.worker.models.find("sum", "").unwrap();
+    let Runner::Sequences(line) = &served.runner else { panic!("not a model with sequences") };
+    // A router is told at once, so that it can ask another replica.
+    let third = line.open(None).await.map(drop);
     assert_eq!(reason(&third), Some(Reason::SequencesFull));
     assert_eq!(third.unwrap_err().status().code(), Code::Unavailable);
     assert_eq!(values(&bench.infer(step("sum", 1, 1.0, (false, true))).await.unwrap()), [2.0]);

@@ -1,7 +1,8 @@
-//! Requests that wait for a device, and the tasks that cut batches from them.
+//! Requests that wait for a device, and what a device's thread does with them.
 //!
-//! A request is admitted at once or refused at once: the queue is bounded by requests and by bytes. A batch is cut at the
-//! last moment, when a device has room for it, so everything that came meanwhile is in it. One request that makes the
+//! A request is admitted at once or refused at once: the queue is bounded by requests and by bytes. The threads of the
+//! model's instances take batches from it themselves, at the last moment, so everything that came meanwhile is in one; a
+//! request costs two hand-overs, to the thread and back. One request that makes the
 //! model raise doesn't take its neighbours with it: a failed batch is run again one by one.
 use std::{
     sync::{Arc, Weak},
@@ -10,7 +11,7 @@ use std::{
 
 use cresset_proto::tensor::Tensor;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, oneshot};
+use tokio::{runtime::Handle, sync::oneshot};
 
 pub use crate::batching::Bounds;
 use crate::{
@@ -19,8 +20,8 @@ use crate::{
     batching::{Decision, Dropped, Full, Line, Ordering, Waiting},
     contract::Contract,
     engine::{
-        EngineError, Outputs, Timing,
-        device::{PlacedModel, Slot},
+        EngineError, Model, Outputs, Timing,
+        device::{PlacedModel, Turn},
     },
     error::PredictError,
     metrics::ModelMetrics,
@@ -51,22 +52,40 @@ pub struct Answered {
 type Reply = oneshot::Sender<Result<Answered, PredictError>>;
 
 /// The queue of one model, which feeds all its instances.
-#[derive(Debug)]
 pub struct ModelQueue {
     contract: Arc<Contract>,
     bounds: Bounds,
     metrics: ModelMetrics,
+    instances: Vec<PlacedModel>,
     waiting: Mutex<State>,
-    came: Notify,
+    ordering: Mutex<Ordering<(Reply, Result<Answered, PredictError>)>>,
     origin: Instant,
-    ordering: Mutex<Ordering<Option<(Reply, Result<Answered, PredictError>)>>>,
+    /// For waking instances at a time.
+    runtime: Handle,
+}
+
+impl std::fmt::Debug for ModelQueue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ModelQueue").field("model", &self.contract.name).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
 struct State {
     line: Line<Entry>,
     next_number: u64,
-    closed: bool,
+    /// Instances that have nothing to do, the last one first.
+    idle: Vec<usize>,
+    /// When an instance will be woken to look again.
+    alarm: Option<Instant>,
+    /// Why nothing is taken any more.
+    closed: Option<Closed>,
+}
+
+#[derive(Debug, Clone)]
+enum Closed {
+    Unloaded,
+    Lost(EngineError),
 }
 
 #[derive(Debug)]
@@ -79,34 +98,32 @@ struct Entry {
 }
 
 impl ModelQueue {
-    /// Starts a queue and a dispatcher for each instance; they end when the queue is closed or dropped.
+    /// A queue in front of these instances, on the runtime that this is called on.
     pub fn start(contract: Arc<Contract>, instances: Vec<PlacedModel>, bounds: Bounds, metrics: ModelMetrics) -> Arc<Self> {
-        let queue = Arc::new(Self {
+        let idle = (0..instances.len()).rev().collect();
+        Arc::new(Self {
             contract,
             bounds,
             metrics,
-            waiting: Mutex::default(),
-            came: Notify::new(),
-            origin: Instant::now(),
+            instances,
+            waiting: Mutex::new(State { idle, ..State::default() }),
             ordering: Mutex::default(),
-        });
-        for instance in instances {
-            tokio::spawn(dispatch(Arc::downgrade(&queue), instance));
-        }
-        queue
+            origin: Instant::now(),
+            runtime: Handle::current(),
+        })
     }
 
     /// Waits in the queue and for the answer. Dropping the future takes the request out of the queue.
     ///
     /// # Errors
     /// [`PredictError`].
-    pub async fn run(&self, admitted: Admitted, terms: Terms) -> Result<Answered, PredictError> {
+    pub async fn run(self: &Arc<Self>, admitted: Admitted, terms: Terms) -> Result<Answered, PredictError> {
         let (reply, answer) = oneshot::channel();
         self.enter(admitted, terms, reply)?;
         answer.await.unwrap_or_else(|_| Err(PredictError::Unloaded(self.contract.name.clone())))
     }
 
-    fn enter(&self, admitted: Admitted, terms: Terms, reply: Reply) -> Result<(), PredictError> {
+    fn enter(self: &Arc<Self>, admitted: Admitted, terms: Terms, reply: Reply) -> Result<(), PredictError> {
         let model = || self.contract.name.clone();
         let queueing = &self.contract.queueing;
         let level = queueing.level(terms.priority);
@@ -123,8 +140,8 @@ impl ModelQueue {
             deadline_us: terms.deadline.map(|at| self.us(at)),
         };
         let mut state = self.waiting.lock();
-        if state.closed {
-            return Err(PredictError::Unloaded(model()));
+        if let Some(closed) = &state.closed {
+            return Err(self.closed_error(closed));
         }
         let number = state.next_number;
         let entry = Entry { admitted, arrived, number, reply };
@@ -134,20 +151,67 @@ impl ModelQueue {
             Err((Full::Bytes(bytes_max), _)) => return Err(PredictError::QueueBytesFull { model: model(), bytes_max }),
         }
         self.show_length(&state);
+        let idle = state.idle.pop();
         drop(state);
-        self.came.notify_one();
+        if let Some(instance) = idle {
+            self.wake(instance);
+        }
         Ok(())
+    }
+
+    /// Has an instance look for work until there is none.
+    fn wake(self: &Arc<Self>, instance: usize) {
+        if let Some(model) = self.instances.get(instance) {
+            let mut driver = Driver { queue: Arc::downgrade(self), instance, ended: false };
+            model.drive(move |model| driver.turn(model));
+        }
+    }
+
+    /// Wakes an instance at a time, unless one is woken before that anyway.
+    fn wake_at(self: &Arc<Self>, at: Instant) {
+        let mut state = self.waiting.lock();
+        if state.alarm.is_some_and(|alarm| alarm <= at) {
+            return;
+        }
+        state.alarm = Some(at);
+        drop(state);
+        let queue = Arc::downgrade(self);
+        self.runtime.spawn(async move {
+            tokio::time::sleep_until(at.into()).await;
+            let Some(queue) = queue.upgrade() else { return };
+            let mut state = queue.waiting.lock();
+            if state.alarm == Some(at) {
+                state.alarm = None;
+            }
+            let idle = state.idle.pop();
+            drop(state);
+            if let Some(instance) = idle {
+                queue.wake(instance);
+            }
+        });
     }
 
     /// Refuses what waits and whatever comes.
     pub fn close(&self) {
+        self.close_for(Closed::Unloaded);
+    }
+
+    fn close_for(&self, why: Closed) {
         let mut state = self.waiting.lock();
-        state.closed = true;
+        let closed = state.closed.get_or_insert(why).clone();
         let refused = state.line.drain();
+        self.show_length(&state);
         drop(state);
-        drop(refused);
-        self.came.notify_waiters();
-        self.came.notify_one();
+        for entry in refused {
+            self.settle(entry, Err(self.closed_error(&closed)));
+        }
+    }
+
+    fn closed_error(&self, closed: &Closed) -> PredictError {
+        match closed {
+            Closed::Unloaded => PredictError::Unloaded(self.contract.name.clone()),
+            Closed::Lost(source) => self.engine_error(source.clone()),
+        }
     }
 
     /// Requests that wait. What a device has already begun is not counted.
@@ -168,19 +232,20 @@ impl ModelQueue {
         self.metrics.waiting.set(i64::try_from(state.line.len()).unwrap_or(i64::MAX));
     }
 
-    /// Takes the next batch out of the line, or says what to wait for. Expired and abandoned requests go first: they
-    /// must not cost the device anything.
-    fn cut(&self) -> Cut {
+    /// Takes the next batch out of the line for an instance, or notes that it is idle. Expired and abandoned requests go
+    /// first: they must not cost the device anything.
+    fn cut(&self, instance: usize) -> Cut {
         let mut state = self.waiting.lock();
-        if state.closed {
-            return Cut::Closed;
-        }
         let now_us = self.us(Instant::now());
         let queueing = &self.contract.queueing;
         let mut dropped = state.line.expire(queueing, now_us);
         let is_alive = |entry: &Entry| !entry.reply.is_closed();
         let gone = |entry| dropped.push((Dropped::Abandoned, entry));
         let decision = state.line.next(self.contract.batch_rows_max, queueing, now_us, is_alive, gone);
+        if !matches!(decision, Decision::Cut(_)) {
+            // Under the same lock as the decision: whoever comes next finds the instance idle and wakes it.
+            state.idle.push(instance);
+        }
         self.show_length(&state);
         drop(state);
         for (why, entry) in dropped {
@@ -197,6 +262,53 @@ impl ModelQueue {
         }
     }
 
+    /// Runs a batch and answers its requests. On the device's thread.
+    fn run_batch(&self, model: &mut dyn Model, batch: Vec<Entry>) -> Turn {
+        match model.infer(&assemble(&self.contract, &admitted(&batch))) {
+            Ok(outputs) => self.deliver(batch, &outputs),
+            Err(EngineError::DeviceLost(why)) => return self.lose(batch, why),
+            // The fault may be one request's alone.
+            Err(_) if batch.len() > 1 => {
+                let mut batch = batch.into_iter();
+                while let Some(entry) = batch.next() {
+                    match model.infer(&assemble(&self.contract, &[&entry.admitted])) {
+                        Ok(outputs) => self.deliver(vec![entry], &outputs),
+                        Err(EngineError::DeviceLost(why)) => {
+                            return self.lose(std::iter::once(entry).chain(batch).collect(), why);
+                        }
+                        Err(source) => self.settle(entry, Err(self.engine_error(source))),
+                    }
+                }
+            }
+            Err(source) => {
+                for entry in batch {
+                    self.settle(entry, Err(self.engine_error(source.clone())));
+                }
+            }
+        }
+        Turn::Again
+    }
+
+    fn lose(&self, batch: Vec<Entry>, why: String) -> Turn {
+        let lost = EngineError::DeviceLost(why.clone());
+        for entry in batch {
+            self.settle(entry, Err(self.engine_error(lost.clone())));
+        }
+        self.close_for(Closed::Lost(lost));
+        Turn::Lost(why)
+    }
+
+    /// Answers each request of a batch with its share of the results.
+    fn deliver(&self, batch: Vec<Entry>, outputs: &Outputs) {
+        let rows: usize = batch.iter().map(|entry| entry.admitted.rows).sum();
+        self.metrics.batch(rows, outputs.timing.total());
+        let answers = answers(&self.contract, &admitted(&batch), outputs);
+        for (entry, answer) in batch.into_iter().zip(answers) {
+            let queued = outputs.timing.began.saturating_duration_since(entry.arrived);
+            self.settle(entry, answer.map(|tensors| Answered { outputs: tensors, queued, timing: outputs.timing }));
+        }
+    }
+
     /// Gives a request its answer, in its turn if the model preserves the order.
     fn settle(&self, entry: Entry, answer: Result<Answered, PredictError>) {
         // The caller may have gone; then nobody minds.
@@ -205,7 +317,7 @@ impl ModelQueue {
             return;
         }
         let mut ordering = self.ordering.lock();
-        for (reply, answer) in ordering.finish(entry.number, Some((entry.reply, answer))).into_iter().flatten() {
+        for (reply, answer) in ordering.finish(entry.number, (entry.reply, answer)) {
             let _ = reply.send(answer);
         }
     }
@@ -215,88 +327,50 @@ impl ModelQueue {
     }
 }
 
-#[derive(Debug)]
 enum Cut {
     Idle,
     WaitUntil(Instant),
     Batch(Vec<Entry>),
-    Closed,
 }
 
-/// The loop that feeds one instance. It holds the queue weakly: a model that is dropped takes its queue along.
-async fn dispatch(queue: Weak<ModelQueue>, model: PlacedModel) {
-    loop {
-        let Some(line) = queue.upgrade() else { return };
-        if line.is_empty() && !line.waiting.lock().closed {
-            line.came.notified().await;
-        }
-        let slot = match model.thread().slot().await {
-            Ok(slot) => slot,
-            Err(source) => return fail_all(&line, &source),
-        };
-        match line.cut() {
-            Cut::Closed => {
-                // The other instances' loops have to hear of it too.
-                line.came.notify_one();
-                return;
-            }
-            Cut::Idle => {}
+/// What an instance's thread does for its queue. It holds the queue weakly: a model that is dropped takes its queue along.
+struct Driver {
+    queue: Weak<ModelQueue>,
+    instance: usize,
+    ended: bool,
+}
+
+impl Driver {
+    fn turn(&mut self, model: &mut dyn Model) -> Turn {
+        let Some(queue) = self.queue.upgrade() else { return Turn::Done };
+        match queue.cut(self.instance) {
+            Cut::Batch(batch) => queue.run_batch(model, batch),
+            Cut::Idle => self.end(),
             Cut::WaitUntil(at) => {
-                drop(slot);
-                let _ = tokio::time::timeout_at(at.into(), line.came.notified()).await;
+                queue.wake_at(at);
+                self.end()
             }
-            Cut::Batch(batch) => start(&line, &model, slot, batch),
         }
+    }
+
+    fn end(&mut self) -> Turn {
+        self.ended = true;
+        Turn::Done
     }
 }
 
-fn fail_all(line: &ModelQueue, source: &EngineError) {
-    let mut state = line.waiting.lock();
-    state.closed = true;
-    let entries = state.line.drain();
-    drop(state);
-    line.came.notify_one();
-    for entry in entries {
-        line.settle(entry, Err(line.engine_error(source.clone())));
-    }
-}
-
-/// Hands a batch to the device and leaves a task to answer for it, so that the next can be cut meanwhile.
-fn start(line: &Arc<ModelQueue>, model: &PlacedModel, slot: Slot, batch: Vec<Entry>) {
-    let answer = slot.infer(model, assemble(&line.contract, &admitted(&batch)));
-    let (line, model) = (Arc::clone(line), model.clone());
-    tokio::spawn(async move {
-        match answer.await {
-            Ok(outputs) => deliver(&line, batch, &outputs),
-            // The fault may be one request's alone; a lost device would fail all of them again.
-            Err(error) if batch.len() > 1 && !matches!(error, EngineError::DeviceLost(_)) => {
-                for entry in batch {
-                    match model.infer(assemble(&line.contract, &[&entry.admitted])).await {
-                        Ok(outputs) => deliver(&line, vec![entry], &outputs),
-                        Err(source) => line.settle(entry, Err(line.engine_error(source))),
-                    }
-                }
-            }
-            Err(source) => {
-                for entry in batch {
-                    line.settle(entry, Err(line.engine_error(source.clone())));
-                }
-            }
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // Dropped before its end: the device is lost, and nobody would look at the queue again.
+        if !self.ended
+            && let Some(queue) = self.queue.upgrade()
+            && let Some(model) = queue.instances.get(self.instance)
+        {
+            queue.close_for(Closed::Lost(model.thread().lost()));
         }
-    });
+    }
 }
 
 fn admitted(batch: &[Entry]) -> Vec<&Admitted> {
     batch.iter().map(|entry| &entry.admitted).collect()
-}
-
-/// Answers each request of a batch with its share of the results.
-fn deliver(line: &ModelQueue, batch: Vec<Entry>, outputs: &Outputs) {
-    let rows: usize = batch.iter().map(|entry| entry.admitted.rows).sum();
-    line.metrics.batch(rows, outputs.timing.total());
-    let answers = answers(&line.contract, &admitted(&batch), outputs);
-    for (entry, answer) in batch.into_iter().zip(answers) {
-        let queued = outputs.timing.began.saturating_duration_since(entry.arrived);
-        line.settle(entry, answer.map(|tensors| Answered { outputs: tensors, queued, timing: outputs.timing }));
-    }
 }

@@ -1,10 +1,11 @@
 //! The one thread that runs everything on a device.
 //!
-//! Jobs reach it through a channel of depth one: while one runs, the next is ready, and whoever has a
-//! third waits for a [`Slot`]. So a batch is cut as late as possible, when its slot is there. Loading
+//! Jobs reach it in two ways. A queue of requests [drives](PlacedModel::drive) its model: the thread itself asks for the
+//! next batch as soon as it has finished one, so a batch is cut as late as possible and nobody has to be woken in between.
+//! Everything else takes a [`Slot`]: while one such job runs, the next is ready, and whoever has a third waits. Loading
 //! happens on the caller's thread and freeing on a thread of its own: neither holds up a job.
 //!
-//! Absent on purpose: queues, priorities and deadlines, which belong to whoever waits for the slot.
+//! Absent on purpose: queues, priorities and deadlines, which belong to whoever drives or waits.
 
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,11 +17,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::{Device, EngineError, Generation, InputParts, Model, Outputs, SequenceModel, Signature, short_message};
 
-/// Jobs that are ready while one runs.
+/// Jobs in slots that are ready while one runs.
 const READY_JOBS_MAX: usize = 1;
 /// Deeply nested modules recurse; the default of 2 MiB is a page fault away from the end.
 const STACK_BYTES: usize = 16 << 20;
@@ -42,7 +43,9 @@ pub enum DeviceHealth {
 #[derive(Clone)]
 pub struct DeviceThread {
     device: Device,
-    jobs: mpsc::Sender<Job>,
+    /// Bounded by whoever sends: one job for each slot, and one for each driver.
+    jobs: mpsc::UnboundedSender<Job>,
+    room: Arc<Semaphore>,
     health: watch::Receiver<DeviceHealth>,
     clock: Arc<Clock>,
 }
@@ -59,7 +62,8 @@ impl DeviceThread {
     /// # Errors
     /// What the system says when it has no thread left.
     pub fn spawn(device: Device) -> std::io::Result<Self> {
-        let (jobs, inbox) = mpsc::channel(READY_JOBS_MAX);
+        let (jobs, inbox) = mpsc::unbounded_channel();
+        let room = Arc::new(Semaphore::new(READY_JOBS_MAX));
         let (health_out, health) = watch::channel(DeviceHealth::Ready);
         let clock = Arc::new(Clock::new());
         let theirs = Arc::clone(&clock);
@@ -67,7 +71,7 @@ impl DeviceThread {
             .name(format!("engine-{device}"))
             .stack_size(STACK_BYTES)
             .spawn(move || serve(inbox, &health_out, &theirs))?;
-        Ok(Self { device, jobs, health, clock })
+        Ok(Self { device, jobs, room, health, clock })
     }
 
     /// The device.
@@ -106,14 +110,16 @@ impl DeviceThread {
     /// # Errors
     /// [`EngineError::DeviceLost`].
     pub async fn slot(&self) -> Result<Slot, EngineError> {
-        let permit = self.jobs.clone().reserve_owned().await.map_err(|_| self.lost())?;
+        // The semaphore is never closed.
+        let permit = Arc::clone(&self.room).acquire_owned().await.map_err(|_| self.lost())?;
         if let DeviceHealth::Lost(why) = &*self.health.borrow() {
             return Err(EngineError::DeviceLost(why.clone()));
         }
-        Ok(Slot { permit, health: self.health.clone() })
+        Ok(Slot { permit, jobs: self.jobs.clone(), health: self.health.clone() })
     }
 
-    fn lost(&self) -> EngineError {
+    /// The error of a device that is lost.
+    pub fn lost(&self) -> EngineError {
         lost(&self.health)
     }
 }
@@ -126,7 +132,7 @@ fn lost(health: &watch::Receiver<DeviceHealth>) -> EngineError {
 }
 
 /// The thread's loop. After the device is lost, jobs are dropped unrun, which their callers notice.
-fn serve(mut inbox: mpsc::Receiver<Job>, health: &watch::Sender<DeviceHealth>, clock: &Clock) {
+fn serve(mut inbox: mpsc::UnboundedReceiver<Job>, health: &watch::Sender<DeviceHealth>, clock: &Clock) {
     while let Some(job) = inbox.blocking_recv() {
         if *health.borrow() != DeviceHealth::Ready {
             continue;
@@ -150,7 +156,8 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
 
 /// Room for one job on a device. Dropping it unused gives the room to the next in line.
 pub struct Slot {
-    permit: mpsc::OwnedPermit<Job>,
+    permit: OwnedSemaphorePermit,
+    jobs: mpsc::UnboundedSender<Job>,
     health: watch::Receiver<DeviceHealth>,
 }
 
@@ -222,7 +229,10 @@ impl Slot {
         run: impl FnOnce() -> Result<T, EngineError> + Send + 'static,
     ) -> Answer<T> {
         let (answer, receiver) = oneshot::channel();
-        self.permit.send(Box::new(move || {
+        let permit = self.permit;
+        let job: Job = Box::new(move || {
+            // While this runs, the next may get ready.
+            drop(permit);
             if abandoned == IfAbandoned::Skip && answer.is_closed() {
                 return None;
             }
@@ -234,7 +244,9 @@ impl Slot {
             // Nobody may be waiting any more, and that is fine.
             let _ = answer.send(result);
             lost
-        }));
+        });
+        // If the thread has ended, the answer's other end goes with the job, and its owner hears of that.
+        let _ = self.jobs.send(job);
         Answer { receiver, health: self.health }
     }
 }
@@ -273,6 +285,35 @@ impl<T> Future for Answer<T> {
     }
 }
 
+/// What a driver says after a turn.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// There may be more to do.
+    Again,
+    /// There is nothing to do.
+    Done,
+    /// The device is lost, for this reason.
+    Lost(String),
+}
+
+fn drive(
+    jobs: mpsc::UnboundedSender<Job>,
+    model: Arc<Kept<dyn Model>>,
+    mut turn: impl FnMut(&mut dyn Model) -> Turn + Send + 'static,
+) {
+    let again = jobs.clone();
+    let job: Job = Box::new(move || {
+        match model.with(|model| Ok(turn(model))) {
+            Ok(Turn::Again) => drive(again, model, turn),
+            Ok(Turn::Done) | Err(_) => {}
+            Ok(Turn::Lost(why)) => return Some(why),
+        }
+        None
+    });
+    // If the thread has ended, the driver is dropped, as it is when the device is lost.
+    let _ = jobs.send(job);
+}
+
 /// A model that runs on a device's thread. Clones are the same model; the last one frees it.
 #[derive(Clone)]
 pub struct PlacedModel {
@@ -300,6 +341,13 @@ impl PlacedModel {
     /// As [`Model::signature`].
     pub fn signature(&self) -> &Signature {
         &self.facts.signature
+    }
+
+    /// Has the thread call `turn` with the model, again and again, until it says that there is nothing to do. Other jobs get
+    /// their turns in between. A driver must not be started again before it has ended; when the device is lost, `turn` is
+    /// dropped without having said so.
+    pub fn drive(&self, turn: impl FnMut(&mut dyn Model) -> Turn + Send + 'static) {
+        drive(self.thread.jobs.clone(), Arc::clone(&self.model), turn);
     }
 
     /// Waits for a slot and runs the model in it.

@@ -122,7 +122,7 @@ async fn step_inside(
 
 async fn step_tensors(
     contract: &Contract,
-    queue: &ModelQueue,
+    queue: &Arc<ModelQueue>,
     states: &mut Vec<Tensor>,
     mut admitted: Admitted,
     terms: Terms,
