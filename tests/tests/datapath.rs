@@ -165,6 +165,11 @@ fn counting() -> Script {
     .parameter("matrix", "torch.ones([16, 16]) * 0.001")
 }
 
+/// Makes requests wait until a batch is full, but no longer than this.
+fn waiting_for_more(delay_us: u64) -> String {
+    format!("dynamic_batching {{ max_queue_delay_microseconds: {delay_us} }}")
+}
+
 fn one_by_one(more: &str) -> String {
     fp32_model(0, more)
 }
@@ -178,32 +183,33 @@ fn sequences(sequences_max: usize, idle_us: u64) -> String {
 #[tokio::test]
 async fn a_full_queue_refuses_at_once_and_serves_again() {
     let models = ModelRepository::new().unwrap();
-    models.add_script("slow", &fp32_model(1, ""), &testing::slow(16, SLOW_ROUNDS)).unwrap();
-    let bench = Bench::serving(models, &["slow"], Bounds { requests_max: 2, ..AMPLE }).await;
-    let answers = join_all((0..8).map(|_| bench.infer(batch_of("slow", &[1.0])))).await;
+    models.add_script("m", &fp32_model(8, &waiting_for_more(50_000)), &testing::plus_one()).unwrap();
+    let bench = Bench::serving(models, &["m"], Bounds { requests_max: 2, ..AMPLE }).await;
+    let answers = join_all((0..8).map(|_| bench.infer(batch_of("m", &[1.0])))).await;
     let refused: Vec<_> = answers.iter().filter_map(|answer| answer.as_ref().err()).collect();
     assert_eq!(refused.len(), 6, "{answers:?}");
     for error in refused {
         assert_eq!((error.reason(), error.status().code()), (Reason::QueueFull, Code::Unavailable));
         assert!(error.to_string().starts_with("Exceeds maximum queue size"), "{error}");
     }
-    assert_eq!(values(&bench.infer(batch_of("slow", &[1.0])).await.unwrap()).len(), 1);
+    assert_eq!(values(&bench.infer(batch_of("m", &[1.0])).await.unwrap()), [2.0]);
 }
 
 #[tokio::test]
 async fn a_queue_is_bounded_in_bytes_too_but_takes_a_large_request_when_empty() {
     let models = ModelRepository::new().unwrap();
-    models.add_script("echo", &one_by_one(""), &Script::new("def forward(self, x):\n  return x\n")).unwrap();
-    let bench = Bench::serving(models, &["echo"], Bounds { bytes_max: 1000, ..AMPLE }).await;
-    let large = vec![1.0; 1000];
-    let answers = join_all([&large[..], &[1.0][..]].map(|values| bench.infer(vector("echo", values)))).await;
+    let echo = Script::new("def forward(self, x):\n  return x\n");
+    models.add_script("echo", &fp32_model(8, &waiting_for_more(50_000)), &echo).unwrap();
+    let bench = Bench::serving(models, &["echo"], Bounds { bytes_max: 10, ..AMPLE }).await;
+    let large = [1.0; 4];
+    let answers = join_all([&large[..], &[1.0][..]].map(|values| bench.infer(batch_of("echo", values)))).await;
     assert_eq!(answers.iter().map(reason).collect::<Vec<_>>(), [None, Some(Reason::QueueFull)]);
 }
 
 #[tokio::test]
 async fn a_request_that_makes_the_model_raise_does_not_fail_its_batch() {
     let models = ModelRepository::new().unwrap();
-    models.add_script("crowd", &fp32_model(8, ""), &crowd()).unwrap();
+    models.add_script("crowd", &fp32_model(8, &waiting_for_more(60_000_000)), &crowd()).unwrap();
     let bench = Bench::serving(models, &["crowd"], AMPLE).await;
     let ask = |value: f32| bench.infer(batch_of("crowd", &[value]));
     let good = join_all((0..8u8).map(|value| ask(value.into()))).await;
