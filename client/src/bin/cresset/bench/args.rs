@@ -55,7 +55,8 @@ pub struct Args {
     /// What made-up data and the times of arrival are drawn from; the same number, the same run
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Requests")]
     pub seed: u64,
-    /// Compare each answer with the first (of a sequence: the first at its position), and exit 1 if one differs
+    /// Compare each answer with the first, byte for byte (of a sequence: the first at its position), and exit 1 if one
+    /// differs; where a server batches requests, floats may differ in their last digits
     #[arg(long, help_heading = "Requests")]
     pub check: bool,
 
@@ -67,6 +68,9 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Transport",
           value_parser = clap::value_parser!(u32).range(1..=256))]
     pub threads: u32,
+    /// Tell the server how long each call may take (--timeout); on streams there is no way to
+    #[arg(long, conflicts_with = "stream", help_heading = "Transport")]
+    pub deadline: bool,
     /// Send on bidirectional streams, without waiting for the answer before
     #[arg(long, help_heading = "Transport")]
     pub stream: bool,
@@ -93,7 +97,7 @@ pub struct Args {
 
 const AFTER_HELP: &str = "Any server of the Open Inference Protocol will do. In an open loop latency counts from the moment a request \
                           was due, so a server that stands still is charged with all that was due meanwhile. --timeout is the \
-                          limit of each request, and is told to the server if given.\n\
+                          limit of each request.\n\
                           Exit codes: 0 measured (requests may have failed: the report says so), 1 no request of a level was \
                           answered or --check found a difference, 2 bad usage.";
 

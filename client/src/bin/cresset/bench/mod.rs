@@ -130,7 +130,7 @@ pub async fn run(cluster: &Cluster, args: &Args, settings: &Settings) -> anyhow:
     let script = Script {
         body: body.into(),
         limit: settings.timeout(),
-        tells_deadline: settings.given_timeout.is_some(),
+        tells_deadline: args.deadline,
         sequence_length: args.sequence_length,
         wants_final: is_decoupled,
         first: args.check.then(|| Arc::new(FirstAnswers::default())),
