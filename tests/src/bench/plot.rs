@@ -9,14 +9,14 @@ use plotters::{
     style::text_anchor::{HPos, Pos, VPos},
 };
 
-use super::{figures::Part, results::Results, tail::PERCENTILES};
+use super::{figures::Part, models::MLP, results::Results, tail::PERCENTILES};
 
 type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-const SIZE: (u32, u32) = (1200, 1260);
+const WIDTH: u32 = 1200;
+const ROW_HEIGHT: u32 = 400;
 const TITLE_HEIGHT: u32 = 50;
 const INK: RGBColor = RGBColor(40, 44, 52);
-const FAINT: RGBColor = RGBColor(150, 156, 166);
 const GOAL: RGBColor = RGBColor(200, 60, 50);
 /// For what is told apart within a panel.
 const COLOURS: [RGBColor; 4] = [RGBColor(160, 170, 185), RGBColor(54, 116, 181), RGBColor(232, 142, 54), RGBColor(84, 158, 96)];
@@ -45,30 +45,61 @@ impl Bar {
     }
 }
 
+/// A panel's heading and what it shows.
+enum Content {
+    Bars(Vec<Bar>),
+    /// The places along the axis, and whether the other axis is logarithmic.
+    Lines(Vec<String>, Vec<Line>, bool),
+}
+
 /// Draws what was measured.
 ///
 /// # Errors
 /// When the file can't be written.
 pub fn draw(results: &Results, path: &Path) -> anyhow::Result<()> {
-    let root = SVGBackend::new(path, SIZE).into_drawing_area();
-    picture(results, &root).and_then(|()| Ok(root.present()?)).map_err(|error| anyhow!("can't draw {}: {error}", path.display()))
+    let panels = panels(results);
+    let rows = (panels.len() as u32).div_ceil(2).max(1);
+    let root = SVGBackend::new(path, (WIDTH, TITLE_HEIGHT + rows * ROW_HEIGHT)).into_drawing_area();
+    let drawn = picture(results, &panels, rows, &root).and_then(|()| Ok(root.present()?));
+    drawn.map_err(|error| anyhow!("can't draw {}: {error}", path.display()))
 }
 
-fn picture(results: &Results, root: &Panel<'_>) -> Result<(), Box<dyn std::error::Error>> {
+/// The panels for which there is something to show.
+fn panels(results: &Results) -> Vec<(&'static str, Content)> {
+    let tenths: Vec<_> = (1..=10).map(|tenth| format!("{tenth}0%")).collect();
+    let all = [
+        ("Latency of one call at a time (784-512-10 MLP), µs", Content::Bars(latencies(results))),
+        ("CPU per request (784-512-10 MLP), µs", Content::Bars(costs(results))),
+        ("Throughput over libtorch's best in process, by requests in flight", Content::Bars(ratios(results))),
+        ("Latency in an open loop, µs", Content::Lines(PERCENTILES.map(str::to_owned).to_vec(), tails(results), true)),
+        ("Resident memory, MiB", Content::Bars(memories(results))),
+        ("The worker's resident memory over many requests and streams, MiB", Content::Lines(tenths, flatness(results), false)),
+    ];
+    let has_any = |(_, content): &(&str, Content)| match content {
+        Content::Bars(bars) => !bars.is_empty(),
+        Content::Lines(_, lines, _) => lines.iter().any(|line| !line.values.is_empty()),
+    };
+    all.into_iter().filter(has_any).collect()
+}
+
+fn picture(
+    results: &Results,
+    panels: &[(&'static str, Content)],
+    rows: u32,
+    root: &Panel<'_>,
+) -> Result<(), Box<dyn std::error::Error>> {
     root.fill(&WHITE)?;
     let machine = &results.machine;
     let title = format!("{}, {} cores, torch {}, {}", machine.cpu, machine.cores, machine.torch, machine.date);
     root.draw(&Text::new(title, (24, 20), words(17, &INK)))?;
     let (_, body) = root.split_vertically(TITLE_HEIGHT);
-    let panels = body.split_evenly((3, 2));
-    let [overhead, cpu, throughput, tail, memory, flat] = &panels[..] else { return Ok(()) };
-    bars(overhead, "Latency of one call at a time (784-512-10 MLP), µs", &latencies(results))?;
-    bars(cpu, "CPU per request, µs", &costs(results))?;
-    bars(throughput, "Throughput over libtorch's best in process, by requests in flight", &ratios(results))?;
-    lines(tail, "Latency in an open loop, µs", &PERCENTILES.map(str::to_owned), &tails(results), true)?;
-    bars(memory, "Resident memory, MiB", &memories(results))?;
-    let samples: Vec<_> = (1..=10).map(|tenth| format!("{}%", tenth * 10)).collect();
-    lines(flat, "The worker's resident memory over many requests and streams, MiB", &samples, &flatness(results), false)?;
+    for (panel, (heading, content)) in body.split_evenly((rows as usize, 2)).iter().zip(panels) {
+        panel.draw(&Text::new((*heading).to_owned(), (24, 12), words(16, &INK)))?;
+        match content {
+            Content::Bars(shown) => bars(panel, shown)?,
+            Content::Lines(places, shown, is_log) => lines(panel, places, shown, *is_log)?,
+        }
+    }
     Ok(())
 }
 
@@ -96,10 +127,11 @@ fn costs(results: &Results) -> Vec<Bar> {
 
 fn ratios(results: &Results) -> Vec<Bar> {
     let mut bars = Vec::new();
-    for (place, (name, part)) in results.throughput.iter().flatten().enumerate() {
+    for (place, (model, part)) in results.models().enumerate() {
         for concurrency in [1, 8, 32, 64] {
-            let goal = (*name != "mlp").then_some(0.95);
-            let label = format!("{name} {concurrency}");
+            let goal = (model.name != MLP.name).then_some(0.95);
+            // The model's name under the first of its bars: there is no room for more.
+            let label = if concurrency == 1 { format!("1 {}", model.name) } else { concurrency.to_string() };
             bars.extend(Bar::of(part, &format!("ratio_at_{concurrency}"), &label, 1 + place % 3, goal));
         }
     }
@@ -149,20 +181,7 @@ fn words(size: i32, colour: &RGBColor) -> TextStyle<'static> {
     ("sans-serif", size).into_font().color(colour)
 }
 
-/// The panel's heading; says so if there is nothing to show.
-fn heading(panel: &Panel<'_>, title: &str, is_empty: bool) -> Result<(), Box<dyn std::error::Error>> {
-    panel.draw(&Text::new(title.to_owned(), (24, 12), words(16, &INK)))?;
-    if is_empty {
-        panel.draw(&Text::new("not measured", (60, 60), words(14, &FAINT)))?;
-    }
-    Ok(())
-}
-
-fn bars(panel: &Panel<'_>, title: &str, bars: &[Bar]) -> Result<(), Box<dyn std::error::Error>> {
-    heading(panel, title, bars.is_empty())?;
-    if bars.is_empty() {
-        return Ok(());
-    }
+fn bars(panel: &Panel<'_>, bars: &[Bar]) -> Result<(), Box<dyn std::error::Error>> {
     let top = bars.iter().flat_map(|bar| [bar.value, bar.spread.1, bar.goal.unwrap_or(0.0)]).fold(0.0, f64::max) * 1.12;
     let mut chart = ChartBuilder::on(panel)
         .margin(12)
@@ -170,7 +189,10 @@ fn bars(panel: &Panel<'_>, title: &str, bars: &[Bar]) -> Result<(), Box<dyn std:
         .x_label_area_size(48)
         .y_label_area_size(54)
         .build_cartesian_2d(0.0..bars.len() as f64, 0.0..top.max(f64::MIN_POSITIVE))?;
-    chart.configure_mesh().disable_x_mesh().disable_x_axis().light_line_style(WHITE).label_style(words(12, &INK)).draw()?;
+    let value = |at: &f64| number(*at);
+    let mut mesh = chart.configure_mesh();
+    mesh.disable_x_mesh().disable_x_axis().light_line_style(WHITE).label_style(words(12, &INK));
+    mesh.y_label_formatter(&value).draw()?;
     let label = words(12, &INK).pos(Pos::new(HPos::Center, VPos::Bottom));
     for (place, bar) in bars.iter().enumerate() {
         let (left, middle, right) = (place as f64 + 0.15, place as f64 + 0.5, place as f64 + 0.85);
@@ -194,15 +216,8 @@ fn bars(panel: &Panel<'_>, title: &str, bars: &[Bar]) -> Result<(), Box<dyn std:
     Ok(())
 }
 
-fn lines(
-    panel: &Panel<'_>,
-    title: &str,
-    places: &[String],
-    lines: &[Line],
-    is_log: bool,
-) -> Result<(), Box<dyn std::error::Error>> {
+fn lines(panel: &Panel<'_>, places: &[String], lines: &[Line], is_log: bool) -> Result<(), Box<dyn std::error::Error>> {
     let all = || lines.iter().flat_map(|line| line.values.iter().copied());
-    heading(panel, title, all().next().is_none())?;
     let (low, high) = (all().fold(f64::MAX, f64::min), all().fold(0.0, f64::max));
     if low > high || low <= 0.0 {
         return Ok(());
@@ -241,7 +256,7 @@ fn lines(
         }};
     }
     if is_log {
-        draw!((low * 0.7..high * 1.6).log_scale());
+        draw!((low * 0.7..high * 4.0).log_scale());
     } else {
         draw!(0.0..high * 1.3);
     }
@@ -253,6 +268,7 @@ fn number(value: f64) -> String {
     match value.abs() {
         size if size >= 100.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
+        size if size < 1e-9 => "0".to_owned(),
         _ => format!("{value:.2}"),
     }
 }
@@ -277,7 +293,7 @@ mod tests {
         draw(&results, &path).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
-        assert_eq!(svg.matches("not measured").count(), 4, "four of six panels are empty");
+        assert!(!svg.contains("Latency") && svg.contains("Resident memory"), "only what was measured has a panel");
         assert!(svg.contains("worker") && svg.contains("10 requests"));
     }
 }

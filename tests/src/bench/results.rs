@@ -6,7 +6,10 @@ use comfy_table::{CellAlignment, Table, presets::NOTHING};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::figures::Part;
+use super::{
+    figures::Part,
+    models::{MODELS, Model},
+};
 use crate::harness::binaries::root;
 
 /// Where and when it was measured.
@@ -88,13 +91,19 @@ impl Results {
         Value::Object(json)
     }
 
+    /// The models whose throughput was measured, in their usual order.
+    pub fn models(&self) -> impl Iterator<Item = (Model, &Part)> {
+        let parts = self.throughput.as_ref();
+        MODELS.into_iter().filter_map(move |model| Some((model, parts?.get(model.name)?)))
+    }
+
     /// Every figure with its spread, its reference and its goal.
     pub fn table(&self) -> String {
         let mut rows = Rows(Table::new());
         rows.0.load_preset(NOTHING).set_header(["FIGURE", "MEDIAN", "SPREAD", "GOAL", "REFERENCE"]);
         self.overhead.iter().for_each(|part| overhead(&mut rows, part));
-        for (name, part) in self.throughput.iter().flatten() {
-            throughput(&mut rows, name, part);
+        for (model, part) in self.models() {
+            throughput(&mut rows, model.name, part);
         }
         self.tail.iter().for_each(|part| tail(&mut rows, part));
         self.memory.iter().for_each(|part| memory(&mut rows, part));
