@@ -4,7 +4,7 @@
 FETCH := python3 deploy/bootstrap/fetch.py
 CARGO_FLAGS := --release --workspace --locked
 
-.PHONY: help fetch build models up demo test fmt lint doc deny clean-data
+.PHONY: help fetch build models up demo bench test fmt lint doc deny clean-data
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -28,6 +28,9 @@ up: fetch models ## start a local cluster with the demo models; Ctrl-C stops it
 
 demo: fetch models ## stream speech through a cluster while its processes are killed
 	@exec target/release/cresset-demo $(DEMO_FLAGS)
+
+bench: models ## measure overhead, throughput, tail and memory beside libtorch in process; some minutes
+	@exec target/release/cresset-bench $(BENCH_FLAGS)
 
 test: fetch models ## run every test
 	@$(FETCH) venv

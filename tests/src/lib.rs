@@ -1,5 +1,6 @@
 //! What tests, the demo and later measurements share.
 //!
+//! - [`bench`]: the parts of `make bench`.
 //! - [`harness`]: a real cluster of real processes, and ways to hurt it.
 //! - [`mod@reference`]: the same model run in this process, without a cluster, to compare with.
 //! - [`speech`]: the recorded speech that the voice-activity model is fed with.
@@ -9,6 +10,7 @@
 //! Nothing here fakes a part of Cresset: what is tested is what is shipped.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod harness;
 pub mod reference;
 pub mod speaker;

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bad_models;
+mod bench;
 mod commands;
 mod conformance;
 mod datapath;

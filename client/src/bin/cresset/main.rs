@@ -1,4 +1,5 @@
-//! The command line `cresset`: runs a local cluster, and asks any cluster for its status, deployments and predictions.
+//! The command line `cresset`: runs a local cluster, and asks any cluster for its status, deployments and predictions,
+//! or loads one.
 //!
 //! It holds no state of its own. Every command asks one coordinator and moves on to the next where that one doesn't
 //! answer ([`connect`]); notes and progress go to stderr, so that stdout carries only what was asked for. Exit codes:
@@ -6,6 +7,7 @@
 #![forbid(unsafe_code)]
 #![allow(rustdoc::broken_intra_doc_links, reason = "comments of flags are help texts, in which [up] is a TOML table")]
 
+mod bench;
 mod connect;
 mod deploy;
 mod npy;
@@ -53,6 +55,8 @@ enum Command {
     Repository,
     /// Run one prediction and print its outputs
     Predict(predict::Args),
+    /// Load a model, of any server of the Open Inference Protocol, and report latencies and throughput
+    Bench(Box<bench::Args>),
 }
 
 fn main() -> ExitCode {
@@ -100,6 +104,7 @@ async fn dispatch(command: &Command, settings: Settings, up_settings: up::Settin
         Command::Deploy(args) => deploy::deploy(&cluster, args, &settings).await?,
         Command::Undeploy(args) => deploy::undeploy(&cluster, args, &settings).await?,
         Command::Repository => deploy::repository(&cluster, settings.output).await?,
+        Command::Bench(args) => bench::run(&cluster, args, &settings).await?,
         Command::Predict(args) => predict::run(&cluster, args, settings.output).await?,
     }
     Ok(())

@@ -88,29 +88,16 @@ impl FromStr for InputArg {
 /// When an input can't be read or doesn't fit, when the model refuses it, or when nobody answers.
 pub async fn run(cluster: &Cluster, args: &Args, format: Format) -> anyhow::Result<()> {
     // Files that aren't there are found before anyone is asked.
-    let mut arrays = Vec::with_capacity(args.inputs.len());
-    for input in &args.inputs {
-        arrays.push(match &input.value {
-            Source::File(path) => Some(npy::read(path, &input.name)?),
-            Source::Literal(_) => None,
-        });
-    }
+    let arrays = read_files(&args.inputs)?;
     let version = args.version.map(|version| version.to_string()).unwrap_or_default();
     let metadata = metadata(cluster, &args.name, &version).await?;
-    let declared = declared_inputs(&metadata);
     let mut message = ModelInferRequest {
         model_name: args.name.clone(),
         model_version: version,
         parameters: parameters(args),
         ..Default::default()
     };
-    for (input, array) in args.inputs.iter().zip(arrays) {
-        let declared = declared.get(input.name.as_str());
-        let tensor = match (&input.value, array) {
-            (Source::Literal(text), _) => values::literal(&input.name, text, declared)?,
-            (Source::File(_), Some(array)) => values::convert(array, declared)?,
-            (Source::File(path), None) => anyhow::bail!("{}: was not read", path.display()),
-        };
+    for tensor in tensors(&args.inputs, arrays, &metadata)? {
         tensor::push_input(&mut message, tensor);
     }
     let response = infer(cluster, message, args.sequence_id.is_some()).await?;
@@ -123,6 +110,40 @@ pub async fn run(cluster: &Cluster, args: &Args, format: Format) -> anyhow::Resu
         Format::Table => output::print(&as_table(&outputs))?,
     }
     Ok(())
+}
+
+/// Reads the inputs that are files; `None` for the others.
+///
+/// # Errors
+/// [`npy::NpyError`] for the first one that can't be read.
+pub fn read_files(inputs: &[InputArg]) -> Result<Vec<Option<Tensor>>, npy::NpyError> {
+    let read = |input: &InputArg| match &input.value {
+        Source::File(path) => npy::read(path, &input.name).map(Some),
+        Source::Literal(_) => Ok(None),
+    };
+    inputs.iter().map(read).collect()
+}
+
+/// The inputs as tensors of the declared types; `arrays` are those that [`read_files`] read.
+///
+/// # Errors
+/// [`values::ValueError`] for one that doesn't fit.
+pub fn tensors(
+    inputs: &[InputArg],
+    arrays: Vec<Option<Tensor>>,
+    metadata: &ModelMetadataResponse,
+) -> anyhow::Result<Vec<Tensor>> {
+    let declared = declared_inputs(metadata);
+    let mut tensors = Vec::with_capacity(inputs.len());
+    for (input, array) in inputs.iter().zip(arrays) {
+        let declared = declared.get(input.name.as_str());
+        tensors.push(match (&input.value, array) {
+            (Source::Literal(text), _) => values::literal(&input.name, text, declared)?,
+            (Source::File(_), Some(array)) => values::convert(array, declared)?,
+            (Source::File(path), None) => anyhow::bail!("{}: was not read", path.display()),
+        });
+    }
+    Ok(tensors)
 }
 
 fn client(channel: Channel) -> GrpcInferenceServiceClient<Channel> {

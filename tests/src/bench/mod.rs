@@ -1,0 +1,24 @@
+//! `make bench`: what Cresset costs, each figure beside its reference, in one run on one machine.
+//!
+//! | room | its job |
+//! | --- | --- |
+//! | [`models`] | the models that are measured |
+//! | [`stage`] | models, clusters and times that all parts share |
+//! | [`inprocess`] | the reference: libtorch in a process of its own |
+//! | [`generator`] | the load: `cresset bench` |
+//! | [`overhead`], [`throughput`], [`tail`], [`memory`] | the parts |
+//! | [`figures`], [`results`], [`plot`] | middles and spreads, the table and the JSON, the plot |
+//!
+//! A figure and its reference are measured in turns, so that what else the machine does meets both.
+
+pub mod figures;
+pub mod generator;
+pub mod inprocess;
+pub mod memory;
+pub mod models;
+pub mod overhead;
+pub mod plot;
+pub mod results;
+pub mod stage;
+pub mod tail;
+pub mod throughput;

@@ -1,0 +1,94 @@
+//! What all parts of the bench share: the models, how long things may take, and clusters.
+
+use std::time::Duration;
+
+use super::{
+    generator::Generator,
+    inprocess::Threads,
+    models::{self, MODELS, Model},
+};
+use crate::harness::{Cluster, Error, ModelRepository, Options};
+
+/// The coordinator that requests go through.
+pub const COORDINATOR: &str = "c1";
+/// The worker.
+pub const WORKER: &str = "w1";
+
+/// How much is measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// How often everything is measured.
+    pub rounds: usize,
+    /// How long most things are measured.
+    pub time: Duration,
+    /// Small requests over which memory has to stay flat.
+    pub flat_requests: u64,
+    /// Streams over which memory has to stay flat.
+    pub flat_streams: u64,
+}
+
+impl Pace {
+    /// Some minutes.
+    pub const USUAL: Self = Self { rounds: 3, time: Duration::from_secs(2), flat_requests: 200_000, flat_streams: 2_000 };
+    /// To see that it works.
+    pub const QUICK: Self = Self { rounds: 1, time: Duration::from_millis(600), flat_requests: 20_000, flat_streams: 500 };
+
+    /// As long as the memory's goals ask for.
+    #[must_use]
+    pub fn deep(self) -> Self {
+        Self { flat_requests: 10_000_000, flat_streams: 100_000, ..self }
+    }
+}
+
+/// The models and the machine.
+#[derive(Debug)]
+pub struct Stage {
+    /// With all models.
+    pub repository: ModelRepository,
+    /// How much is measured.
+    pub pace: Pace,
+    /// Cores of this machine, which the worker, the coordinator and the generator share.
+    pub cores: u16,
+}
+
+impl Stage {
+    /// Makes the models.
+    ///
+    /// # Errors
+    /// As [`models::repository`].
+    pub fn set(pace: Pace) -> Result<Self, Error> {
+        let cores = std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX));
+        Ok(Self { repository: models::repository(|_| 64)?, pace, cores })
+    }
+
+    /// A cluster of one coordinator and one worker that serves all models. Blocks.
+    ///
+    /// # Errors
+    /// As [`Cluster::start`].
+    pub fn cluster(&self) -> Result<Cluster, Error> {
+        let names: Vec<_> = MODELS.iter().map(|model| model.name).collect();
+        let model_repository = self.repository.path().to_owned();
+        Cluster::start(&Options { coordinators: 1, workers: 1, model_repository, ..Options::deploying(&names) })
+    }
+
+    /// Load straight to the worker.
+    ///
+    /// # Errors
+    /// As [`Generator::new`].
+    pub fn straight(&self, cluster: &Cluster, model: Model) -> anyhow::Result<Generator> {
+        Ok(Generator::new(cluster, WORKER, model, &[WORKER])?.lasting(self.pace.time))
+    }
+
+    /// Load through the coordinator.
+    ///
+    /// # Errors
+    /// As [`Generator::new`].
+    pub fn through_coordinator(&self, cluster: &Cluster, model: Model) -> anyhow::Result<Generator> {
+        Ok(Generator::new(cluster, COORDINATOR, model, &[WORKER, COORDINATOR])?.lasting(self.pace.time))
+    }
+
+    /// One caller with all cores to itself.
+    pub fn one_caller(&self) -> Threads {
+        Threads { callers: 1, intra: self.cores }
+    }
+}
