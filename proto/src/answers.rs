@@ -34,8 +34,8 @@ const WORKERS: [&str; 1] = ["system_shared_memory"];
 /// What is decided for the cluster. Without ensembles nothing depends on a model, so all dependents go with it.
 const COORDINATORS: [&str; 2] = ["model_repository", "model_repository(unload_dependents)"];
 
-/// Why a coordinator has no shared memory, and what to do instead.
-const NO_SHARED_MEMORY: &str = "system shared memory is not supported by a coordinator, which may send a request to any host: \
+/// Why there is no shared memory by way of a router, and what to do instead.
+pub const NO_SHARED_MEMORY: &str = "system shared memory is not supported by way of a coordinator, which may send a request to any host: \
      connect to the port of a worker on the client's own host (`cresset status` lists them), or send the tensors in the request";
 /// Why nobody has CUDA's.
 const NO_CUDA_SHARED_MEMORY: &str = "CUDA shared memory is not supported by this server: it copies every tensor to its device \
@@ -70,6 +70,20 @@ pub fn without_shared_memory(request: &ModelInferRequest) -> Result<(), Status> 
 /// The refusal to register CUDA shared memory. To unregister some is fine: there is none.
 pub fn no_cuda_shared_memory() -> Status {
     Reason::Unsupported.status(NO_CUDA_SHARED_MEMORY)
+}
+
+/// The refusal to tell the statistics of a model, or of a version of one, that isn't served; in Triton's words and with its
+/// code.
+pub fn no_statistics(model: &str, version: Option<u64>) -> Status {
+    Reason::InvalidArgument.status(match version {
+        None => format!("requested model '{}' is not available", short(model)),
+        Some(_) => format!("requested model version is not available for model '{}'", short(model)),
+    })
+}
+
+/// The refusal of trace settings for a model that isn't there; in Triton's words and with its code.
+pub fn no_trace_settings(model: &str) -> Status {
+    Reason::InvalidArgument.status(format!("Request for unknown model : {}", short(model)))
 }
 
 /// What `CudaSharedMemoryStatus` answers where no region can be registered.

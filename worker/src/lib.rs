@@ -10,6 +10,8 @@
 //! | [`assignment`] | what to load and unload so that the worker runs what it should; pure |
 //! | [`models`] | fetch, verify, load, serve, unload |
 //! | [`membership`] | the tie to the leader |
+//! | [`shared_memory`] | tensors that clients on this host share with the worker |
+//! | [`statistics`] | what each model has done |
 //! | [`predict`] | from a request to an answer |
 //! | [`service`] | gRPC: decode, ask, encode |
 #![deny(unsafe_code)]
@@ -27,6 +29,8 @@ pub mod predict;
 pub mod queue;
 pub mod sequence;
 pub mod service;
+pub mod shared_memory;
+pub mod statistics;
 
 use std::{
     path::PathBuf,

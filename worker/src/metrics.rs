@@ -1,4 +1,6 @@
-//! The worker's metrics, all of them.
+//! The worker's metrics, all of them: our own, and [`triton`]'s names for those that have one.
+pub mod triton;
+
 use std::{sync::LazyLock, time::Duration};
 
 use cresset_runtime::metrics::register;

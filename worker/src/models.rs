@@ -24,11 +24,12 @@ use tokio::sync::{Semaphore, watch};
 use crate::{
     admission::{Contract, ContractError},
     assignment::{ReplicaKey, StaleIntent, Step, steps},
-    engine::{Engine, EngineError, InputBinding, InputParts, LoadSpec, Model, OutputBinding, device::DeviceThread},
+    engine::{Device, Engine, EngineError, InputBinding, InputParts, LoadSpec, Model, OutputBinding, device::DeviceThread},
     error::PredictError,
-    metrics::ModelMetrics,
+    metrics::{self, ModelMetrics},
     queue::{Bounds, ModelQueue},
     sequence::Sequences,
+    statistics::Recorder,
 };
 
 /// A model that answers.
@@ -45,6 +46,10 @@ pub struct ServedModel {
     pub runner: Runner,
     /// Its metrics.
     pub metrics: ModelMetrics,
+    /// What it has done.
+    pub statistics: Arc<Recorder>,
+    /// Where it runs.
+    pub device: Device,
     /// Bytes of its weights and buffers.
     pub memory_bytes: u64,
 }
@@ -281,6 +286,7 @@ impl Inner {
     }
 
     fn read_and_load(&self, assignment: &Assignment) -> Result<ServedModel, LoadError> {
+        let begun = std::time::Instant::now();
         let key = ReplicaKey::of(assignment);
         let stored = self.repository.read(&key.model, Some(key.version))?;
         if stored.digest != assignment.digest {
@@ -321,13 +327,15 @@ impl Inner {
         }
         let placed = device.place(model);
         let metrics = ModelMetrics::new(&key.model, key.version);
+        let statistics = metrics::triton::recorder(&key.model, key.version, begun.elapsed());
         let memory_bytes = placed.memory_bytes();
         let contract = Arc::new(contract);
         let runner = match contract.sequence.clone() {
             Some(spec) => Runner::Sequences(Sequences::new(Arc::clone(&contract), spec, placed, metrics.clone())),
             None => Runner::Queue(ModelQueue::start(Arc::clone(&contract), placed, self.bounds, metrics.clone())),
         };
-        Ok(ServedModel { key, generation: assignment.generation, contract, config, runner, metrics, memory_bytes })
+        let (generation, device) = (assignment.generation, device.device());
+        Ok(ServedModel { key, generation, contract, config, runner, metrics, statistics, device, memory_bytes })
     }
 
     /// Models are spread over the devices by their names, so that a restart finds the same place.

@@ -23,6 +23,7 @@ use crate::{
     error::PredictError,
     metrics,
     models::{Models, Runner, ServedModel},
+    shared_memory::{Placements, SharedMemory},
 };
 
 /// What every service of this worker shares.
@@ -31,6 +32,8 @@ pub struct Worker {
     pub id: WorkerId,
     /// Its models.
     pub models: Models,
+    /// What clients on this host share with it.
+    pub shared_memory: SharedMemory,
     incarnation: AtomicU64,
     draining: AtomicBool,
     requests_total: AtomicU64,
@@ -43,6 +46,7 @@ impl Worker {
         Arc::new(Self {
             id,
             models,
+            shared_memory: SharedMemory::default(),
             incarnation: incarnation.into(),
             draining: false.into(),
             requests_total: 0.into(),
@@ -128,8 +132,13 @@ impl Worker {
         async move {
             let _counted = counted;
             let (served, answer) = match entered {
-                Ok((served, waiting)) => {
-                    let answer = waiting.answer(&served).await;
+                Ok((served, waiting, placements)) => {
+                    let outputs = waiting.answer(&served).await;
+                    let answer = outputs.and_then(|outputs| {
+                        let mut response = respond(Some(&served), request.id, outputs);
+                        placements.apply(&mut response)?;
+                        Ok(response)
+                    });
                     (Some(served), answer)
                 }
                 Err((served, error)) => (served, Err(error)),
@@ -137,15 +146,11 @@ impl Worker {
             if let Some(served) = &served {
                 served.metrics.request(answer.as_ref().err().map(|error| error.reason().as_str()), begun.elapsed());
             }
-            match answer {
-                Ok(outputs) => Ok(respond(served.as_deref(), request.id, outputs)),
-                Err(error) => {
-                    if error.is_ours() {
-                        tracing::warn!(%error, "a request failed");
-                    }
-                    Err(error)
+            answer.inspect_err(|error| {
+                if error.is_ours() {
+                    tracing::warn!(%error, "a request failed");
                 }
-            }
+            })
         }
         .instrument(span)
     }
@@ -155,10 +160,10 @@ impl Worker {
         &self,
         request: &mut ModelInferRequest,
         deadline: Option<Instant>,
-    ) -> Result<(Arc<ServedModel>, Waiting), (Option<Arc<ServedModel>>, PredictError)> {
+    ) -> Result<(Arc<ServedModel>, Waiting, Placements), (Option<Arc<ServedModel>>, PredictError)> {
         let served = self.models.find(&request.model_name, &request.model_version).map_err(|error| (None, error))?;
-        match line_up(&served, request, deadline) {
-            Ok(waiting) => Ok((served, waiting)),
+        match line_up(&served, request, deadline, &self.shared_memory) {
+            Ok((waiting, placements)) => Ok((served, waiting, placements)),
             Err(error) => Err((Some(served), error)),
         }
     }
@@ -187,27 +192,39 @@ impl Waiting {
     }
 }
 
-fn line_up(served: &ServedModel, request: &mut ModelInferRequest, deadline: Option<Instant>) -> Result<Waiting, PredictError> {
+fn line_up(
+    served: &ServedModel,
+    request: &mut ModelInferRequest,
+    deadline: Option<Instant>,
+    memory: &SharedMemory,
+) -> Result<(Waiting, Placements), PredictError> {
     let parameters = Parameters::read(&request.parameters)?;
-    let admitted = admit(served, request)?;
-    match &served.runner {
+    let (admitted, placements) = admit(served, request, memory)?;
+    let waiting = match &served.runner {
         // Sequence parameters on a model whose requests are independent mean nothing, as in Triton.
-        Runner::Queue(_) => Ok(Waiting::Queue(admitted, deadline)),
+        Runner::Queue(_) => Waiting::Queue(admitted, deadline),
         Runner::Sequences(sequences) => {
             let id = parameters.sequence_id.ok_or_else(|| PredictError::NoSequenceId(served.key.model.clone()))?;
             let bounds = (parameters.sequence_start, parameters.sequence_end);
-            Ok(Waiting::Sequence(sequences.enter(&id, bounds, admitted, deadline)?))
+            Waiting::Sequence(sequences.enter(&id, bounds, admitted, deadline)?)
         }
-    }
+    };
+    Ok((waiting, placements))
 }
 
-/// Checks the tensors of a request against its model.
+/// Checks the tensors of a request against its model, and where its outputs should go.
 ///
 /// # Errors
-/// [`PredictError::Tensor`], [`PredictError::Admission`].
-pub fn admit(served: &ServedModel, request: &mut ModelInferRequest) -> Result<Admitted, PredictError> {
-    let tensors = take_inputs(request)?;
-    Ok(served.contract.admit(request, tensors)?)
+/// [`PredictError::Tensor`], [`PredictError::SharedMemory`], [`PredictError::Admission`].
+pub fn admit(
+    served: &ServedModel,
+    request: &mut ModelInferRequest,
+    memory: &SharedMemory,
+) -> Result<(Admitted, Placements), PredictError> {
+    let reader = memory.reader();
+    let tensors = take_inputs(request, &|reference| reader.read(reference))?;
+    let placements = memory.placements(&request.outputs)?;
+    Ok((served.contract.admit(request, tensors)?, placements))
 }
 
 /// The response that carries these outputs.

@@ -3,18 +3,22 @@ use std::{pin::Pin, sync::Arc};
 
 use cresset_client::predict::until_end;
 use cresset_proto::{
+    answers::{Server, cuda_shared_memory_status, no_cuda_shared_memory, no_trace_settings, server_metadata},
     fleet::v1::ReplicaState,
     inference::{grpc_inference_service_server::GrpcInferenceService, repository_index_response::ModelIndex, *},
-    model_config::metadata,
+    model_config::{effective, metadata},
     parameters::{bool_parameter, keys},
     reason::Reason,
 };
 use cresset_runtime::telemetry::continue_trace;
-use futures::{Stream, StreamExt};
+use futures::{
+    Stream, StreamExt,
+    future::{Either, ready},
+};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{deadline, fence};
-use crate::predict::Worker;
+use super::{deadline, fence, settings, shared_memory};
+use crate::{engine::Device, predict::Worker};
 
 /// Requests of one stream that may be in flight; beyond them the stream isn't read on.
 const STREAM_REQUESTS_MAX: usize = 128;
@@ -25,9 +29,9 @@ pub(super) struct Inference {
 
 type Answer<T> = Result<Response<T>, Status>;
 
-/// For calls that a later version serves.
-fn not_yet<T>(what: &str) -> Answer<T> {
-    Err(Reason::Unsupported.status(format!("{what} is not supported by this server")))
+/// Models are placed by the cluster: a worker that loaded one on its own would unload it again at the next word from the leader.
+fn not_here<T>(what: &str) -> Answer<T> {
+    Err(Reason::Unsupported.status(format!("{what} a model on one worker is not supported by this server: ask a coordinator")))
 }
 
 #[tonic::async_trait]
@@ -51,13 +55,7 @@ impl GrpcInferenceService for Inference {
     }
 
     async fn server_metadata(&self, _: Request<ServerMetadataRequest>) -> Answer<ServerMetadataResponse> {
-        Ok(Response::new(ServerMetadataResponse {
-            name: "cresset".into(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            extensions: ["sequence", "sequence(string_id)", "model_configuration", "binary_tensor_data", "parameters"]
-                .map(String::from)
-                .to_vec(),
-        }))
+        Ok(Response::new(server_metadata(Server::Worker, env!("CARGO_PKG_VERSION"))))
     }
 
     async fn model_metadata(&self, request: Request<ModelMetadataRequest>) -> Answer<ModelMetadataResponse> {
@@ -68,6 +66,7 @@ impl GrpcInferenceService for Inference {
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Answer<ModelInferResponse> {
         fence(&self.worker, request.metadata()).map_err(|error| error.status())?;
+        shared_memory::check(request.get_ref(), shared_memory::is_here(request.extensions())).map_err(|error| error.status())?;
         let deadline = deadline(request.metadata());
         let span = self.worker.span(request.get_ref());
         continue_trace(&span, request.metadata());
@@ -81,6 +80,7 @@ impl GrpcInferenceService for Inference {
         let metadata = request.metadata().clone();
         let strict = metadata.get("triton_grpc_error").is_some_and(|value| value == "true");
         let deadline = deadline(&metadata);
+        let is_here = shared_memory::is_here(request.extensions());
         let worker = Arc::clone(&self.worker);
         let answers = request
             .into_inner()
@@ -93,7 +93,10 @@ impl GrpcInferenceService for Inference {
                 let echo =
                     ModelInferResponse { id: request.id.clone(), model_name: request.model_name.clone(), ..Default::default() };
                 // The deadline is the stream's and ends it as a whole; dropping a request takes it out of its line.
-                let answer = worker.begin(request, None, span);
+                let answer = match shared_memory::check(&request, is_here) {
+                    Ok(()) => Either::Left(worker.begin(request, None, span)),
+                    Err(error) => Either::Right(ready(Err(error))),
+                };
                 Ok(async move { (echo, answer.await) })
             })
             // Requests enter their lines in the order of the stream; so do the answers leave.
@@ -119,7 +122,11 @@ impl GrpcInferenceService for Inference {
     async fn model_config(&self, request: Request<ModelConfigRequest>) -> Answer<ModelConfigResponse> {
         let ModelConfigRequest { name, version } = request.into_inner();
         let served = self.worker.models.find(&name, &version).map_err(|error| error.status())?;
-        Ok(Response::new(ModelConfigResponse { config: Some(served.config.clone()) }))
+        let gpus = match served.device {
+            Device::Cpu => vec![],
+            Device::Cuda(ordinal) => i32::try_from(ordinal).into_iter().collect(),
+        };
+        Ok(Response::new(ModelConfigResponse { config: Some(effective(&served.config, &gpus)) }))
     }
 
     async fn repository_index(&self, request: Request<RepositoryIndexRequest>) -> Answer<RepositoryIndexResponse> {
@@ -138,64 +145,75 @@ impl GrpcInferenceService for Inference {
     }
 
     async fn repository_model_load(&self, _: Request<RepositoryModelLoadRequest>) -> Answer<RepositoryModelLoadResponse> {
-        not_yet("loading a model on one worker; ask a coordinator, which")
+        not_here("loading")
     }
 
     async fn repository_model_unload(&self, _: Request<RepositoryModelUnloadRequest>) -> Answer<RepositoryModelUnloadResponse> {
-        not_yet("unloading a model on one worker; ask a coordinator, which")
+        not_here("unloading")
     }
 
-    async fn model_statistics(&self, _: Request<ModelStatisticsRequest>) -> Answer<ModelStatisticsResponse> {
-        not_yet("ModelStatistics")
+    async fn model_statistics(&self, request: Request<ModelStatisticsRequest>) -> Answer<ModelStatisticsResponse> {
+        let ModelStatisticsRequest { name, version } = request.into_inner();
+        self.worker.statistics(&name, &version).map(Response::new)
     }
 
     async fn system_shared_memory_status(
         &self,
-        _: Request<SystemSharedMemoryStatusRequest>,
+        request: Request<SystemSharedMemoryStatusRequest>,
     ) -> Answer<SystemSharedMemoryStatusResponse> {
-        not_yet("system shared memory")
+        shared_memory::only_here(request.extensions())?;
+        shared_memory::status(&self.worker.shared_memory, &request.get_ref().name).map(Response::new)
     }
 
     async fn system_shared_memory_register(
         &self,
-        _: Request<SystemSharedMemoryRegisterRequest>,
+        request: Request<SystemSharedMemoryRegisterRequest>,
     ) -> Answer<SystemSharedMemoryRegisterResponse> {
-        not_yet("system shared memory")
+        shared_memory::only_here(request.extensions())?;
+        shared_memory::register(&self.worker.shared_memory, request)?;
+        Ok(Response::new(SystemSharedMemoryRegisterResponse {}))
     }
 
     async fn system_shared_memory_unregister(
         &self,
-        _: Request<SystemSharedMemoryUnregisterRequest>,
+        request: Request<SystemSharedMemoryUnregisterRequest>,
     ) -> Answer<SystemSharedMemoryUnregisterResponse> {
-        not_yet("system shared memory")
+        shared_memory::only_here(request.extensions())?;
+        self.worker.shared_memory.unregister(&request.get_ref().name);
+        Ok(Response::new(SystemSharedMemoryUnregisterResponse {}))
     }
 
     async fn cuda_shared_memory_status(
         &self,
-        _: Request<CudaSharedMemoryStatusRequest>,
+        request: Request<CudaSharedMemoryStatusRequest>,
     ) -> Answer<CudaSharedMemoryStatusResponse> {
-        not_yet("CUDA shared memory")
+        cuda_shared_memory_status(&request.get_ref().name).map(Response::new)
     }
 
     async fn cuda_shared_memory_register(
         &self,
         _: Request<CudaSharedMemoryRegisterRequest>,
     ) -> Answer<CudaSharedMemoryRegisterResponse> {
-        not_yet("CUDA shared memory")
+        Err(no_cuda_shared_memory())
     }
 
+    /// Clients clean up before they begin: there is nothing to do, and that is done.
     async fn cuda_shared_memory_unregister(
         &self,
         _: Request<CudaSharedMemoryUnregisterRequest>,
     ) -> Answer<CudaSharedMemoryUnregisterResponse> {
-        not_yet("CUDA shared memory")
+        Ok(Response::new(CudaSharedMemoryUnregisterResponse {}))
     }
 
-    async fn trace_setting(&self, _: Request<TraceSettingRequest>) -> Answer<TraceSettingResponse> {
-        not_yet("TraceSetting")
+    async fn trace_setting(&self, request: Request<TraceSettingRequest>) -> Answer<TraceSettingResponse> {
+        let model = &request.get_ref().model_name;
+        if !model.is_empty() && self.worker.models.find(model, "").is_err() {
+            return Err(no_trace_settings(model));
+        }
+        settings::trace(request.get_ref()).map(Response::new)
     }
 
-    async fn log_settings(&self, _: Request<LogSettingsRequest>) -> Answer<LogSettingsResponse> {
-        not_yet("LogSettings")
+    async fn log_settings(&self, request: Request<LogSettingsRequest>) -> Answer<LogSettingsResponse> {
+        settings::log(request.get_ref()).map(Response::new)
     }
 }
