@@ -331,8 +331,16 @@ impl Inner {
         let memory_bytes = placed.memory_bytes();
         let contract = Arc::new(contract);
         let runner = match contract.sequence.clone() {
-            Some(spec) => Runner::Sequences(Sequences::new(Arc::clone(&contract), spec, placed, metrics.clone())),
-            None => Runner::Queue(ModelQueue::start(Arc::clone(&contract), placed, self.bounds, metrics.clone())),
+            Some(spec) => {
+                Runner::Sequences(Sequences::new(Arc::clone(&contract), spec, placed, metrics.clone(), Arc::clone(&statistics)))
+            }
+            None => Runner::Queue(ModelQueue::start(
+                Arc::clone(&contract),
+                placed,
+                self.bounds,
+                metrics.clone(),
+                Arc::clone(&statistics),
+            )),
         };
         let (generation, device) = (assignment.generation, device.device());
         Ok(ServedModel { key, generation, contract, config, runner, metrics, statistics, device, memory_bytes })

@@ -7,7 +7,7 @@ use std::{
     collections::VecDeque,
     hash::{DefaultHasher, Hash, Hasher},
     sync::{Arc, Weak},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -24,6 +24,7 @@ use crate::{
     },
     error::PredictError,
     metrics::ModelMetrics,
+    statistics::{Failure, Pending, Recorder, Timing},
 };
 
 /// Entries of the queue that one decision looks at, as a multiple of the batch's rows.
@@ -44,6 +45,7 @@ pub struct ModelQueue {
     contract: Arc<Contract>,
     bounds: Bounds,
     metrics: ModelMetrics,
+    statistics: Arc<Recorder>,
     waiting: Mutex<Line>,
     came: Notify,
     origin: Instant,
@@ -59,6 +61,9 @@ struct Line {
 #[derive(Debug)]
 struct Entry {
     admitted: Admitted,
+    arrived: Instant,
+    /// Until it is executed.
+    pending: Option<Pending>,
     arrived_us: u64,
     shape_class: u64,
     deadline: Option<Instant>,
@@ -67,9 +72,15 @@ struct Entry {
 
 impl ModelQueue {
     /// Starts a queue and its dispatcher, which ends when the queue is closed or dropped.
-    pub fn start(contract: Arc<Contract>, model: PlacedModel, bounds: Bounds, metrics: ModelMetrics) -> Arc<Self> {
-        let queue =
-            Arc::new(Self { contract, bounds, metrics, waiting: Mutex::default(), came: Notify::new(), origin: Instant::now() });
+    pub fn start(
+        contract: Arc<Contract>,
+        model: PlacedModel,
+        bounds: Bounds,
+        metrics: ModelMetrics,
+        statistics: Arc<Recorder>,
+    ) -> Arc<Self> {
+        let (waiting, came, origin) = (Mutex::default(), Notify::new(), Instant::now());
+        let queue = Arc::new(Self { contract, bounds, metrics, statistics, waiting, came, origin });
         tokio::spawn(dispatch(Arc::downgrade(&queue), model));
         queue
     }
@@ -96,14 +107,17 @@ impl ModelQueue {
             return Err(PredictError::Unloaded(model()));
         }
         if line.entries.len() >= self.bounds.requests_max {
+            self.statistics.failure(Failure::Rejected, Duration::ZERO);
             return Err(PredictError::QueueFull { model: model(), requests_max: self.bounds.requests_max });
         }
         if line.bytes.saturating_add(admitted.bytes) > self.bounds.bytes_max && !line.entries.is_empty() {
+            self.statistics.failure(Failure::Rejected, Duration::ZERO);
             return Err(PredictError::QueueBytesFull { model: model(), bytes_max: self.bounds.bytes_max });
         }
         line.bytes += admitted.bytes;
         let shape_class = shape_class(&admitted, self.contract.batch_rows_max > 0);
-        line.entries.push_back(Entry { admitted, arrived_us: self.now_us(), shape_class, deadline, reply });
+        let (arrived, pending) = (Instant::now(), Some(self.statistics.pending()));
+        line.entries.push_back(Entry { admitted, arrived, pending, arrived_us: self.now_us(), shape_class, deadline, reply });
         self.metrics.waiting.set(i64::try_from(line.entries.len()).unwrap_or(i64::MAX));
         drop(line);
         self.came.notify_one();
@@ -141,6 +155,7 @@ impl ModelQueue {
         while let Some(entry) = line.entries.get(at) {
             if entry.reply.is_closed() || entry.deadline.is_some_and(|deadline| deadline <= now) {
                 if let Some(entry) = line.entries.remove(at) {
+                    self.statistics.cancelled(entry.arrived.elapsed());
                     line.bytes -= entry.admitted.bytes;
                     let _ = entry.reply.send(Err(PredictError::Deadline));
                 }
@@ -157,7 +172,7 @@ impl ModelQueue {
             .collect();
         let cut = match batching::decide(&view, &limits, self.now_us()) {
             Decision::Idle => Cut::Idle,
-            Decision::WaitUntil(at_us) => Cut::WaitUntil(self.origin + std::time::Duration::from_micros(at_us)),
+            Decision::WaitUntil(at_us) => Cut::WaitUntil(self.origin + Duration::from_micros(at_us)),
             Decision::Cut(positions) => {
                 // From the back, so that the positions before stay right.
                 let mut batch: Vec<Entry> = positions.iter().rev().filter_map(|at| line.entries.remove(*at)).collect();
@@ -221,7 +236,8 @@ fn fail_all(line: &ModelQueue, source: &EngineError) {
 }
 
 /// Hands a batch to the device and leaves a task to answer for it, so that the next can be cut meanwhile.
-fn start(line: &Arc<ModelQueue>, model: &PlacedModel, slot: Slot, batch: Vec<Entry>) {
+fn start(line: &Arc<ModelQueue>, model: &PlacedModel, slot: Slot, mut batch: Vec<Entry>) {
+    batch.iter_mut().for_each(|entry| entry.pending = None);
     let answer = slot.infer(model, assemble(&batch));
     let (line, model) = (Arc::clone(line), model.clone());
     tokio::spawn(async move {
@@ -229,14 +245,17 @@ fn start(line: &Arc<ModelQueue>, model: &PlacedModel, slot: Slot, batch: Vec<Ent
         let rows: usize = batch.iter().map(|entry| entry.admitted.rows).sum();
         let result = answer.await;
         line.metrics.batch(rows, begun.elapsed());
+        let timing = Timing { began: begun, input: Duration::ZERO, infer: begun.elapsed(), output: Duration::ZERO };
+        line.statistics.executed(rows as u64, &timing);
         match result {
-            Ok(outputs) => deliver(&line.contract, batch, rows, &outputs),
+            Ok(outputs) => deliver(&line, batch, rows, &outputs, &timing),
             // The fault may be one request's alone; a lost device would fail all of them again.
             Err(error) if batch.len() > 1 && !matches!(error, EngineError::DeviceLost(_)) => {
                 one_by_one(&line, &model, batch).await
             }
             Err(source) => {
                 for entry in batch {
+                    line.statistics.failure(Failure::Backend, entry.arrived.elapsed());
                     let error = PredictError::Engine { model: line.contract.name.clone(), source: source.clone() };
                     let _ = entry.reply.send(Err(error));
                 }
@@ -248,14 +267,18 @@ fn start(line: &Arc<ModelQueue>, model: &PlacedModel, slot: Slot, batch: Vec<Ent
 async fn one_by_one(line: &ModelQueue, model: &PlacedModel, batch: Vec<Entry>) {
     for entry in batch {
         let one = [entry];
+        let begun = Instant::now();
         let result = model.infer(assemble(&one)).await;
+        let timing = Timing { began: begun, input: Duration::ZERO, infer: begun.elapsed(), output: Duration::ZERO };
         let [entry] = one;
+        line.statistics.executed(entry.admitted.rows as u64, &timing);
         match result {
             Ok(outputs) => {
                 let rows = entry.admitted.rows;
-                deliver(&line.contract, vec![entry], rows, &outputs);
+                deliver(line, vec![entry], rows, &outputs, &timing);
             }
             Err(source) => {
+                line.statistics.failure(Failure::Backend, entry.arrived.elapsed());
                 let _ = entry.reply.send(Err(PredictError::Engine { model: line.contract.name.clone(), source }));
             }
         }
@@ -285,11 +308,16 @@ fn assemble(batch: &[Entry]) -> Vec<InputParts> {
 }
 
 /// Cuts the outputs of a batch and answers each request with its rows.
-fn deliver(contract: &Contract, batch: Vec<Entry>, rows: usize, outputs: &[OutputTensor]) {
+fn deliver(line: &ModelQueue, batch: Vec<Entry>, rows: usize, outputs: &[OutputTensor], timing: &Timing) {
     let mut start = 0;
     for entry in batch {
         let end = start + entry.admitted.rows;
-        let answer = slice(contract, &entry.admitted.outputs, outputs, (start, end), rows);
+        let answer = slice(&line.contract, &entry.admitted.outputs, outputs, (start, end), rows);
+        let (total, queue) = (entry.arrived.elapsed(), timing.began.saturating_duration_since(entry.arrived));
+        match &answer {
+            Ok(_) => line.statistics.success(entry.admitted.rows as u64, total, queue, timing),
+            Err(_) => line.statistics.failure(Failure::Backend, total),
+        }
         // The caller may have gone.
         let _ = entry.reply.send(answer);
         start = end;

@@ -26,6 +26,7 @@ use crate::{
     error::PredictError,
     metrics::ModelMetrics,
     queue::slice,
+    statistics::{Failure, Recorder, Timing},
 };
 
 /// Requests of one sequence that may wait.
@@ -37,6 +38,7 @@ pub struct Sequences {
     spec: SequenceSpec,
     model: PlacedModel,
     metrics: ModelMetrics,
+    statistics: Arc<Recorder>,
     room: Arc<Semaphore>,
     direct: DashMap<SequenceId, Direct>,
     next_life: AtomicU64,
@@ -62,6 +64,7 @@ pub struct LiveSequence {
     contract: Arc<Contract>,
     sequence: PlacedSequence,
     metrics: ModelMetrics,
+    statistics: Arc<Recorder>,
     _room: OwnedSemaphorePermit,
 }
 
@@ -85,9 +88,15 @@ pub struct StepFailed {
 
 impl Sequences {
     /// Sequences of a model.
-    pub fn new(contract: Arc<Contract>, spec: SequenceSpec, model: PlacedModel, metrics: ModelMetrics) -> Arc<Self> {
+    pub fn new(
+        contract: Arc<Contract>,
+        spec: SequenceSpec,
+        model: PlacedModel,
+        metrics: ModelMetrics,
+        statistics: Arc<Recorder>,
+    ) -> Arc<Self> {
         let room = Arc::new(Semaphore::new(spec.sequences_max));
-        Arc::new(Self { contract, spec, model, metrics, room, direct: DashMap::new(), next_life: AtomicU64::new(1) })
+        Arc::new(Self { contract, spec, model, metrics, statistics, room, direct: DashMap::new(), next_life: AtomicU64::new(1) })
     }
 
     /// How many sequences are open.
@@ -116,7 +125,8 @@ impl Sequences {
         if let Some(checkpoint) = checkpoint {
             sequence.restore(checkpoint).await.map_err(engine)?;
         }
-        Ok(LiveSequence { contract: Arc::clone(&self.contract), sequence, metrics: self.metrics.clone(), _room: room })
+        let (metrics, statistics) = (self.metrics.clone(), Arc::clone(&self.statistics));
+        Ok(LiveSequence { contract: Arc::clone(&self.contract), sequence, metrics, statistics, _room: room })
     }
 
     /// Puts a request into its sequence's line; requests of one sequence are run in the order of these calls. The answer
@@ -220,13 +230,17 @@ impl LiveSequence {
             .iter()
             .map(|tensor| InputParts { datatype: tensor.datatype, shape: tensor.shape.clone(), parts: vec![tensor.data.clone()] })
             .collect();
-        let failed = |source: EngineError| StepFailed {
-            // Inputs are checked before the module sees them.
-            state_intact: matches!(source, EngineError::BadInput(_)),
-            error: PredictError::Engine { model: self.contract.name.clone(), source },
+        let came = Instant::now();
+        let failed = |source: EngineError| {
+            self.statistics.failure(Failure::Backend, came.elapsed());
+            StepFailed {
+                // Inputs are checked before the module sees them.
+                state_intact: matches!(source, EngineError::BadInput(_)),
+                error: PredictError::Engine { model: self.contract.name.clone(), source },
+            }
         };
-        let begun = Instant::now();
         let slot = self.sequence.thread().slot().await.map_err(failed)?;
+        let begun = Instant::now();
         let (outputs, checkpoint) = if want_checkpoint {
             let stepped = slot.step_and_checkpoint(&self.sequence, inputs).await.map_err(failed)?;
             (stepped.outputs, Some(stepped.checkpoint))
@@ -234,6 +248,9 @@ impl LiveSequence {
             (slot.step(&self.sequence, inputs).await.map_err(failed)?, None)
         };
         self.metrics.batch(1, begun.elapsed());
+        let timing = Timing { began: begun, input: Duration::ZERO, infer: begun.elapsed(), output: Duration::ZERO };
+        self.statistics.executed(1, &timing);
+        self.statistics.success(1, came.elapsed(), begun.saturating_duration_since(came), &timing);
         let checkpoint = match checkpoint {
             Some(Ok(checkpoint)) => Some(checkpoint),
             Some(Err(error)) => {
