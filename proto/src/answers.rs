@@ -72,12 +72,14 @@ pub fn no_cuda_shared_memory() -> Status {
     Reason::Unsupported.status(NO_CUDA_SHARED_MEMORY)
 }
 
-/// The refusal to tell the statistics of a model, or of a version of one, that isn't served; in Triton's words and with its
-/// code.
-pub fn no_statistics(model: &str, version: Option<u64>) -> Status {
-    Reason::InvalidArgument.status(match version {
-        None => format!("requested model '{}' is not available", short(model)),
-        Some(_) => format!("requested model version is not available for model '{}'", short(model)),
+/// The refusal to tell the statistics of a model that isn't served, or of a version of it if the model `is_served`; in
+/// Triton's words and with its code.
+pub fn no_statistics(model: &str, is_served: bool) -> Status {
+    let model = short(model);
+    Reason::InvalidArgument.status(if is_served {
+        format!("requested model version is not available for model '{model}'")
+    } else {
+        format!("requested model '{model}' is not available")
     })
 }
 

@@ -6,6 +6,7 @@
 use bytes::{BufMut, Bytes, BytesMut};
 
 use crate::{
+    answers::NO_SHARED_MEMORY,
     inference::{DataType, InferTensorContents, ModelInferRequest, ModelInferResponse, model_infer_response::InferOutputTensor},
     reason::Reason,
     shared_memory::{Reference, SharedMemoryError},
@@ -185,11 +186,19 @@ pub fn element_count(shape: &[i64]) -> Option<usize> {
     shape.iter().try_fold(1usize, |count, dim| count.checked_mul(usize::try_from(*dim).ok()?))
 }
 
-/// Takes the input tensors out of a request, raw, typed or from where `resolve` finds them, with every count checked.
+/// Takes the input tensors out of a request, raw or typed, with every count checked.
+///
+/// # Errors
+/// [`TensorError`], which is always the caller's fault.
+pub fn take_inputs(request: &mut ModelInferRequest) -> Result<Vec<Tensor>, TensorError> {
+    take_inputs_from(request, &|_| Err(SharedMemoryError::NotServed(NO_SHARED_MEMORY)))
+}
+
+/// As [`take_inputs`], with tensors in shared memory from where `resolve` finds them.
 ///
 /// # Errors
 /// [`TensorError`]; but for a region that failed it is the caller's fault.
-pub fn take_inputs(request: &mut ModelInferRequest, resolve: &Resolve<'_>) -> Result<Vec<Tensor>, TensorError> {
+pub fn take_inputs_from(request: &mut ModelInferRequest, resolve: &Resolve<'_>) -> Result<Vec<Tensor>, TensorError> {
     let model = std::mem::take(&mut request.model_name);
     let result = inputs_of(request, &model, resolve);
     request.model_name = model;

@@ -48,8 +48,8 @@ pub struct ServedModel {
     pub metrics: ModelMetrics,
     /// What it has done.
     pub statistics: Arc<Recorder>,
-    /// Where it runs.
-    pub device: Device,
+    /// Where it runs; its weights are on each of them.
+    pub devices: Vec<Device>,
     /// Bytes of its weights and buffers.
     pub memory_bytes: u64,
 }
@@ -342,8 +342,8 @@ impl Inner {
                 Arc::clone(&statistics),
             )),
         };
-        let (generation, device) = (assignment.generation, device.device());
-        Ok(ServedModel { key, generation, contract, config, runner, metrics, statistics, device, memory_bytes })
+        let (generation, devices) = (assignment.generation, vec![device.device()]);
+        Ok(ServedModel { key, generation, contract, config, runner, metrics, statistics, devices, memory_bytes })
     }
 
     /// Models are spread over the devices by their names, so that a restart finds the same place.

@@ -14,7 +14,7 @@ use cresset_proto::{
     ids::WorkerId,
     inference::{ModelInferRequest, ModelInferResponse},
     parameters::Parameters,
-    tensor::{Tensor, push_output, take_inputs},
+    tensor::{Tensor, push_output},
 };
 use tracing::{Instrument, Span};
 
@@ -215,15 +215,13 @@ fn line_up(
 /// Checks the tensors of a request against its model, and where its outputs should go.
 ///
 /// # Errors
-/// [`PredictError::Tensor`], [`PredictError::SharedMemory`], [`PredictError::Admission`].
+/// [`PredictError::Tensor`], [`PredictError::Admission`].
 pub fn admit(
     served: &ServedModel,
     request: &mut ModelInferRequest,
     memory: &SharedMemory,
 ) -> Result<(Admitted, Placements), PredictError> {
-    let reader = memory.reader();
-    let tensors = take_inputs(request, &|reference| reader.read(reference))?;
-    let placements = memory.placements(&request.outputs)?;
+    let (tensors, placements) = memory.take(request)?;
     Ok((served.contract.admit(request, tensors)?, placements))
 }
 

@@ -16,10 +16,12 @@ use std::{
 use bytes::Bytes;
 use cresset_proto::{
     inference::{
-        ModelInferResponse, model_infer_request::InferRequestedOutputTensor, system_shared_memory_status_response::RegionStatus,
+        ModelInferRequest, ModelInferResponse, model_infer_request::InferRequestedOutputTensor,
+        system_shared_memory_status_response::RegionStatus,
     },
     reason::Reason,
     shared_memory::{Reference, SharedMemoryError, short},
+    tensor::{Tensor, TensorError, take_inputs_from},
 };
 use parking_lot::RwLock;
 use rustix::shm;
@@ -142,16 +144,22 @@ impl SharedMemory {
         Ok(HashMap::from([told(region)]))
     }
 
-    /// Where the tensors of one request come from.
-    pub fn reader(&self) -> Reader<'_> {
+    /// Takes the input tensors out of a request, copied from shared memory where they lie there, and says where its outputs
+    /// should go.
+    ///
+    /// # Errors
+    /// [`TensorError`]; but for a region that failed it is the caller's fault.
+    pub fn take(&self, request: &mut ModelInferRequest) -> Result<(Vec<Tensor>, Placements), TensorError> {
+        let reader = self.reader();
+        let tensors = take_inputs_from(request, &|reference| reader.read(reference))?;
+        Ok((tensors, self.placements(&request.outputs)?))
+    }
+
+    fn reader(&self) -> Reader<'_> {
         Reader { regions: self, left: Cell::new(REQUEST_BYTES_MAX) }
     }
 
-    /// Where outputs of a request should go.
-    ///
-    /// # Errors
-    /// [`SharedMemoryError`], always the caller's fault.
-    pub fn placements(&self, outputs: &[InferRequestedOutputTensor]) -> Result<Placements, SharedMemoryError> {
+    fn placements(&self, outputs: &[InferRequestedOutputTensor]) -> Result<Placements, SharedMemoryError> {
         let mut places = vec![];
         for output in outputs {
             if let Some(reference) = Reference::read(&output.parameters, &output.name)? {
@@ -180,18 +188,14 @@ impl SharedMemory {
 }
 
 /// Reads the tensors of one request, which are bounded together.
-#[derive(Debug)]
-pub struct Reader<'a> {
+struct Reader<'a> {
     regions: &'a SharedMemory,
     left: Cell<u64>,
 }
 
 impl Reader<'_> {
     /// A copy of the bytes at a place.
-    ///
-    /// # Errors
-    /// [`SharedMemoryError`].
-    pub fn read(&self, reference: &Reference) -> Result<Bytes, SharedMemoryError> {
+    fn read(&self, reference: &Reference) -> Result<Bytes, SharedMemoryError> {
         let region = self.regions.find(reference)?;
         let too_large = || SharedMemoryError::TooLarge { region: short(&reference.region), bytes_max: REQUEST_BYTES_MAX };
         self.left.set(self.left.get().checked_sub(reference.byte_size).ok_or_else(too_large)?);

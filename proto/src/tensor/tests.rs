@@ -9,7 +9,7 @@ use crate::{
 
 /// The tensors of a request; one region exists, `r`, and holds the bytes 0, 1, 2 and so on.
 fn inputs(mut request: ModelInferRequest) -> Result<Vec<Tensor>, TensorError> {
-    take_inputs(&mut request, &|reference| match reference.region.as_str() {
+    take_inputs_from(&mut request, &|reference| match reference.region.as_str() {
         "r" => Ok((0..=255).skip(reference.offset as usize).take(reference.byte_size as usize).collect::<Vec<u8>>().into()),
         other => Err(SharedMemoryError::UnknownRegion(other.to_owned())),
     })
@@ -108,6 +108,9 @@ fn shared_inputs_are_checked_like_any_other() {
     assert!(shared("INT8", "r", 2).is_ok());
     let (reason, text) = shared("INT8", "r", 3).unwrap_err();
     assert_eq!((reason, text.ends_with("Expected 2, got 3")), (Reason::InvalidArgument, true), "{text}");
+    let mut unserved = request("INT8", &[2], None, None);
+    share(&mut unserved, 0, "r", 0, 2);
+    assert_eq!(take_inputs(&mut unserved).unwrap_err().reason(), Reason::Unsupported);
     let (reason, text) = shared("INT8", "nope", 2).unwrap_err();
     assert_eq!((reason, &*text), (Reason::UnknownRegion, "Unable to find shared memory region: 'nope'"));
     let (_, text) = shared("BYTES", "r", 8).unwrap_err();

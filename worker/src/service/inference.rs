@@ -11,10 +11,7 @@ use cresset_proto::{
     reason::Reason,
 };
 use cresset_runtime::telemetry::continue_trace;
-use futures::{
-    Stream, StreamExt,
-    future::{Either, ready},
-};
+use futures::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{deadline, fence, settings, shared_memory};
@@ -66,11 +63,12 @@ impl GrpcInferenceService for Inference {
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Answer<ModelInferResponse> {
         fence(&self.worker, request.metadata()).map_err(|error| error.status())?;
-        shared_memory::check(request.get_ref(), shared_memory::is_here(request.extensions())).map_err(|error| error.status())?;
         let deadline = deadline(request.metadata());
+        let is_here = shared_memory::is_here(request.extensions());
         let span = self.worker.span(request.get_ref());
         continue_trace(&span, request.metadata());
-        let answer = self.worker.begin(request.into_inner(), deadline, span).await;
+        let request = shared_memory::checked(request.into_inner(), is_here)?;
+        let answer = self.worker.begin(request, deadline, span).await;
         answer.map(Response::new).map_err(|error| error.status())
     }
 
@@ -85,7 +83,7 @@ impl GrpcInferenceService for Inference {
         let answers = request
             .into_inner()
             .map(move |request| {
-                let request = request?;
+                let request = shared_memory::checked(request?, is_here)?;
                 // A worker that goes away ends its streams: what was taken is answered, the next request moves.
                 fence(&worker, &metadata).map_err(|error| error.status())?;
                 let span = worker.span(&request);
@@ -93,10 +91,7 @@ impl GrpcInferenceService for Inference {
                 let echo =
                     ModelInferResponse { id: request.id.clone(), model_name: request.model_name.clone(), ..Default::default() };
                 // The deadline is the stream's and ends it as a whole; dropping a request takes it out of its line.
-                let answer = match shared_memory::check(&request, is_here) {
-                    Ok(()) => Either::Left(worker.begin(request, None, span)),
-                    Err(error) => Either::Right(ready(Err(error))),
-                };
+                let answer = worker.begin(request, None, span);
                 Ok(async move { (echo, answer.await) })
             })
             // Requests enter their lines in the order of the stream; so do the answers leave.
@@ -122,10 +117,11 @@ impl GrpcInferenceService for Inference {
     async fn model_config(&self, request: Request<ModelConfigRequest>) -> Answer<ModelConfigResponse> {
         let ModelConfigRequest { name, version } = request.into_inner();
         let served = self.worker.models.find(&name, &version).map_err(|error| error.status())?;
-        let gpus = match served.device {
-            Device::Cpu => vec![],
-            Device::Cuda(ordinal) => i32::try_from(ordinal).into_iter().collect(),
+        let gpu = |device: &Device| match device {
+            Device::Cpu => None,
+            Device::Cuda(ordinal) => i32::try_from(*ordinal).ok(),
         };
+        let gpus: Vec<i32> = served.devices.iter().filter_map(gpu).collect();
         Ok(Response::new(ModelConfigResponse { config: Some(effective(&served.config, &gpus)) }))
     }
 

@@ -3,14 +3,11 @@
 use cresset_proto::{
     inference::{ModelInferRequest, SystemSharedMemoryRegisterRequest, SystemSharedMemoryStatusResponse},
     reason::Reason,
-    shared_memory::{self, SharedMemoryError},
+    shared_memory,
 };
 use tonic::{Extensions, Request, Status, transport::server::TcpConnectInfo};
 
-use crate::{
-    error::PredictError,
-    shared_memory::{RegionError, SharedMemory},
-};
+use crate::shared_memory::{RegionError, SharedMemory};
 
 const ONLY_HERE: &str = "system shared memory is only for clients on the worker's own host, and this call came from another: \
      connect to a worker on the client's host, or send the tensors in the request";
@@ -28,12 +25,17 @@ pub(super) fn is_here(extensions: &Extensions) -> bool {
 
 /// Refuses a call from another host.
 pub(super) fn only_here(extensions: &Extensions) -> Result<(), Status> {
-    if is_here(extensions) { Ok(()) } else { Err(Reason::Unsupported.status(ONLY_HERE)) }
+    if is_here(extensions) { Ok(()) } else { Err(elsewhere()) }
 }
 
-/// Refuses a request that speaks of shared memory unless it comes from this host.
-pub(super) fn check(request: &ModelInferRequest, is_here: bool) -> Result<(), PredictError> {
-    if is_here || !shared_memory::is_used(request) { Ok(()) } else { Err(SharedMemoryError::NotServed(ONLY_HERE).into()) }
+/// Lets a request through unless it speaks of shared memory and comes from another host. A stream ends with that: there is
+/// nothing that a later request of it could do better.
+pub(super) fn checked(request: ModelInferRequest, is_here: bool) -> Result<ModelInferRequest, Status> {
+    if is_here || !shared_memory::is_used(&request) { Ok(request) } else { Err(elsewhere()) }
+}
+
+fn elsewhere() -> Status {
+    Reason::Unsupported.status(ONLY_HERE)
 }
 
 pub(super) fn status(memory: &SharedMemory, name: &str) -> Result<SystemSharedMemoryStatusResponse, Status> {
@@ -53,7 +55,18 @@ fn refused(error: &RegionError) -> Status {
 
 #[cfg(test)]
 mod tests {
+    use cresset_proto::{inference::model_infer_request::InferInputTensor, parameters::string_parameter, shared_memory::REGION};
+
     use super::*;
+
+    #[test]
+    fn requests_from_another_host_may_not_speak_of_shared_memory() {
+        let mut request = ModelInferRequest { inputs: vec![InferInputTensor::default()], ..Default::default() };
+        assert!(checked(request.clone(), false).is_ok());
+        request.inputs[0].parameters.insert(REGION.into(), string_parameter("r"));
+        assert!(checked(request.clone(), true).is_ok());
+        assert_eq!(checked(request, false).unwrap_err().code(), tonic::Code::Unimplemented);
+    }
 
     #[test]
     fn callers_from_another_host_are_refused() {

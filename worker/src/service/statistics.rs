@@ -19,11 +19,11 @@ impl Worker {
         let mut served = self.models.served();
         served.retain(|model| name.is_empty() || model.key.model == name);
         if served.is_empty() && !name.is_empty() {
-            return Err(answers::no_statistics(name, None));
+            return Err(answers::no_statistics(name, false));
         }
         served.retain(|model| wanted.is_none_or(|version| model.key.version == version));
-        if let (Some(version), true) = (wanted, served.is_empty()) {
-            return Err(answers::no_statistics(name, Some(version)));
+        if served.is_empty() && !name.is_empty() {
+            return Err(answers::no_statistics(name, true));
         }
         served.sort_by(|a, b| (&a.key.model, a.key.version).cmp(&(&b.key.model, b.key.version)));
         Ok(ModelStatisticsResponse { model_stats: served.iter().map(|model| statistics(model)).collect() })
@@ -35,10 +35,12 @@ fn version_of(text: &str) -> Result<Option<u64>, Status> {
 }
 
 fn statistics(served: &ServedModel) -> ModelStatistics {
-    let (kind, id) = match served.device {
-        Device::Cpu => ("CPU", 0),
-        Device::Cuda(ordinal) => ("GPU", i64::from(ordinal)),
-    };
-    let memory = MemoryUsage { r#type: kind.into(), id, byte_size: served.memory_bytes };
-    served.statistics.snapshot(&served.key.model, served.key.version, vec![memory])
+    let memory = served.devices.iter().map(|device| {
+        let (kind, id) = match device {
+            Device::Cpu => ("CPU", 0),
+            Device::Cuda(ordinal) => ("GPU", i64::from(*ordinal)),
+        };
+        MemoryUsage { r#type: kind.into(), id, byte_size: served.memory_bytes }
+    });
+    served.statistics.snapshot(&served.key.model, served.key.version, memory.collect())
 }
