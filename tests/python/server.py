@@ -5,7 +5,6 @@ import asyncio
 import grpc
 import tritonclient.grpc.aio as aio
 from checks import DEADLINE_S, check, contains, equal, refused
-from tritonclient.grpc import service_pb2 as pb
 
 
 @check

@@ -11,10 +11,12 @@ use std::{
 };
 
 use cresset_proto::{
+    answers::NO_SHARED_MEMORY,
     ids::WorkerId,
     inference::{ModelInferRequest, ModelInferResponse},
     parameters::Parameters,
-    tensor::{Tensor, push_output},
+    shared_memory::{SharedMemoryError, is_used},
+    tensor::{Tensor, push_output, take_inputs},
 };
 use tracing::{Instrument, Span};
 
@@ -199,7 +201,8 @@ fn line_up(
     memory: &SharedMemory,
 ) -> Result<(Waiting, Placements), PredictError> {
     let parameters = Parameters::read(&request.parameters)?;
-    let (admitted, placements) = admit(served, request, memory)?;
+    let (tensors, placements) = memory.take(request)?;
+    let admitted = served.contract.admit(request, tensors)?;
     let waiting = match &served.runner {
         // Sequence parameters on a model whose requests are independent mean nothing, as in Triton.
         Runner::Queue(_) => Waiting::Queue(admitted, deadline),
@@ -212,17 +215,17 @@ fn line_up(
     Ok((waiting, placements))
 }
 
-/// Checks the tensors of a request against its model, and where its outputs should go.
+/// Checks the tensors of a request against its model. They have to be in the request itself: this is for requests that came
+/// by way of a router, whose client may be on another host.
 ///
 /// # Errors
-/// [`PredictError::Tensor`], [`PredictError::Admission`].
-pub fn admit(
-    served: &ServedModel,
-    request: &mut ModelInferRequest,
-    memory: &SharedMemory,
-) -> Result<(Admitted, Placements), PredictError> {
-    let (tensors, placements) = memory.take(request)?;
-    Ok((served.contract.admit(request, tensors)?, placements))
+/// [`PredictError::Tensor`], [`PredictError::SharedMemory`], [`PredictError::Admission`].
+pub fn admit(served: &ServedModel, request: &mut ModelInferRequest) -> Result<Admitted, PredictError> {
+    if is_used(request) {
+        return Err(SharedMemoryError::NotServed(NO_SHARED_MEMORY).into());
+    }
+    let tensors = take_inputs(request)?;
+    Ok(served.contract.admit(request, tensors)?)
 }
 
 /// The response that carries these outputs.

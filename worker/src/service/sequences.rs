@@ -2,14 +2,9 @@
 use std::{pin::Pin, sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use cresset_proto::{
-    answers,
-    fleet::v1::{
-        Open, RunRequest, RunResponse, Step, StepError, run_request::Message, run_response,
-        sequences_service_server::SequencesService,
-    },
-    inference::ModelInferRequest,
-    shared_memory::{self, SharedMemoryError},
+use cresset_proto::fleet::v1::{
+    Open, RunRequest, RunResponse, Step, StepError, run_request::Message, run_response,
+    sequences_service_server::SequencesService,
 };
 use futures::Stream;
 use tokio::sync::mpsc;
@@ -18,7 +13,6 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
 use crate::{
-    admission::Admitted,
     error::PredictError,
     metrics,
     models::{Runner, ServedModel},
@@ -121,7 +115,7 @@ async fn answer(worker: &Arc<Worker>, served: &ServedModel, live: &mut LiveSeque
     let begun = Instant::now();
     let ordinal = step.ordinal;
     let mut request = step.request.unwrap_or_default();
-    let outcome = match admit_step(worker, served, &mut request) {
+    let outcome = match admit(served, &mut request) {
         Ok(admitted) => live.step(&admitted, step.want_checkpoint).await.map_err(|failed| (failed.error, failed.state_intact)),
         Err(error) => Err((error, true)),
     };
@@ -142,14 +136,6 @@ async fn answer(worker: &Arc<Worker>, served: &ServedModel, live: &mut LiveSeque
             (message(ordinal, run_response::Result::Error(error), None), intact)
         }
     }
-}
-
-/// A router's client may be on another host than this worker.
-fn admit_step(worker: &Worker, served: &ServedModel, request: &mut ModelInferRequest) -> Result<Admitted, PredictError> {
-    if shared_memory::is_used(request) {
-        return Err(SharedMemoryError::NotServed(answers::NO_SHARED_MEMORY).into());
-    }
-    Ok(admit(served, request, &worker.shared_memory)?.0)
 }
 
 fn message(ordinal: u64, result: run_response::Result, checkpoint: Option<Bytes>) -> RunResponse {
