@@ -13,6 +13,7 @@ mod unary;
 use std::sync::Arc;
 
 use cresset_proto::{
+    answers::without_shared_memory,
     ids::model_version,
     inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse},
     parameters::Parameters,
@@ -23,14 +24,14 @@ use tokio::{
     sync::{oneshot, watch},
     time::Instant,
 };
-use tonic::Status;
+use tonic::{Status, transport::Channel};
 
 pub use call::CallOptions;
 pub use stream::until_end;
 
 use crate::{
     predict::sessions::Sessions,
-    routes::{ModelRoute, RouteTable, Version},
+    routes::{ModelRoute, Replica, RouteTable, Version},
     settings::RouterSettings,
     workers::Workers,
 };
@@ -77,6 +78,14 @@ impl Router {
     /// How many sequences are open, as it changes.
     pub fn sequences_live(&self) -> watch::Receiver<usize> {
         self.0.sessions.live()
+    }
+
+    /// The router's own connection to a worker, for calls that aren't predictions.
+    ///
+    /// # Errors
+    /// UNAVAILABLE when the worker's address isn't one.
+    pub fn channel(&self, worker: &Arc<Replica>) -> Result<Channel, Status> {
+        Ok(self.0.workers.connection(worker)?.channel)
     }
 
     /// Runs one request, alone or as the next of its sequence. Dropping the future cancels the request at the worker, except
@@ -164,6 +173,7 @@ impl Inner {
             return Err(Reason::Unsupported.status(text));
         }
         let parameters = Parameters::read(&request.parameters).map_err(|error| error.reason().status(error.to_string()))?;
+        without_shared_memory(&request)?;
         if !route.stateful {
             return Ok(Work::Single(request));
         }

@@ -164,6 +164,8 @@ fn class_of_reason(reason: Reason, kind: Kind) -> Class {
         Reason::InvalidArgument | Reason::ModelFailed | Reason::Unsupported | Reason::LoadFailed => Class::Final,
         // Coordinators say these, workers don't.
         Reason::NoLeader | Reason::Indeterminate | Reason::Conflict => Class::Final,
+        // Of shared memory, which is for callers on the worker's own host.
+        Reason::AlreadyExists | Reason::UnknownRegion | Reason::RegionFailed => Class::Final,
     }
 }
 

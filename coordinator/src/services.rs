@@ -2,6 +2,8 @@
 mod admin;
 mod inference;
 mod routes;
+mod settings;
+mod statistics;
 mod status;
 
 use std::{sync::Arc, time::Duration};
@@ -69,7 +71,7 @@ impl Context {
 
 /// All public services.
 pub fn routes(context: &Arc<Context>, router: Router, message_bytes_max: usize) -> Routes {
-    let inference = inference::Inference { context: Arc::clone(context), router };
+    let inference = inference::Inference { context: Arc::clone(context), router, statistics: Default::default() };
     let inference = GrpcInferenceServiceServer::new(inference)
         .max_decoding_message_size(message_bytes_max)
         .max_encoding_message_size(message_bytes_max)

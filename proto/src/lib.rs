@@ -2,15 +2,20 @@
 //!
 //! - [`inference`]: the Open Inference Protocol v2 with Triton's extensions, and `ModelConfig`. Fixed by the outside world.
 //! - [`admin`], [`fleet`], [`raft`]: Cresset's own services, versioned by package.
-//! - [`ids`], [`tensor`], [`reason`], [`model_config`], [`parameters`]: the few rules that both ends of a wire must agree on.
+//! - [`ids`], [`tensor`], [`reason`], [`model_config`], [`parameters`], [`shared_memory`]: the few rules that both ends of a
+//!   wire must agree on.
+//! - [`answers`], [`settings`]: what every server of the protocol says alike.
 //!
 //! There is no IO here, and nothing that decides anything: only shapes, checks and tables.
 #![forbid(unsafe_code)]
 
+pub mod answers;
 pub mod ids;
 pub mod model_config;
 pub mod parameters;
 pub mod reason;
+pub mod settings;
+pub mod shared_memory;
 pub mod tensor;
 
 /// The Open Inference Protocol v2 with Triton's extensions (package `inference`).

@@ -7,14 +7,21 @@ use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor};
 use crate::{
     DESCRIPTORS,
     inference::{
-        DataType, ModelConfig, ModelMetadataResponse, ModelSequenceBatching, model_config::SchedulingChoice,
-        model_metadata_response::TensorMetadata,
+        DataType, ModelConfig, ModelInstanceGroup, ModelMetadataResponse, ModelSequenceBatching, ModelVersionPolicy,
+        model_config::SchedulingChoice, model_instance_group::Kind, model_metadata_response::TensorMetadata,
+        model_optimization_policy::PinnedMemoryBuffer, model_sequence_batching::StrategyChoice, model_version_policy,
     },
     tensor::Datatype,
 };
 
 /// Prefix of a `parameters` entry that gives `forward` a constant scalar argument: `cresset.scalar.sr` = `int:16000`.
 pub const SCALAR_PREFIX: &str = "cresset.scalar.";
+/// The platform of a model that names none.
+pub const PLATFORM: &str = "pytorch_libtorch";
+/// The backend of that platform.
+pub const BACKEND: &str = "pytorch";
+/// The model's file where its configuration names none.
+pub const MODEL_FILENAME: &str = "model.pt";
 /// How long a sequence may be idle, in µs, unless its configuration says otherwise.
 pub const SEQUENCE_IDLE_US_DEFAULT: u64 = 1_000_000;
 /// The largest `config.pbtxt` that is read, in bytes.
@@ -134,10 +141,77 @@ pub fn metadata(config: &ModelConfig, versions: Vec<String>) -> ModelMetadataRes
     ModelMetadataResponse {
         name: config.name.clone(),
         versions,
-        platform: if config.platform.is_empty() { "pytorch_libtorch".to_owned() } else { config.platform.clone() },
+        platform: if config.platform.is_empty() { PLATFORM.to_owned() } else { config.platform.clone() },
         inputs: config.input.iter().map(|input| tensor(&input.name, input.data_type, &input.dims)).collect(),
         outputs: config.output.iter().map(|output| tensor(&output.name, output.data_type, &output.dims)).collect(),
-        properties: [("backend".to_owned(), "pytorch".to_owned())].into(),
+        properties: [("backend".to_owned(), BACKEND.to_owned())].into(),
+    }
+}
+
+/// What `ModelConfig` answers: the configuration with its defaults filled in, those that Triton fills in (measured on 2.51).
+/// `gpus` are the ordinals of the GPUs where the model runs; without any it runs on the CPU.
+pub fn effective(config: &ModelConfig, gpus: &[i32]) -> ModelConfig {
+    let mut config = config.clone();
+    platform(&mut config);
+    if config.version_policy.as_ref().is_none_or(|policy| policy.policy_choice.is_none()) {
+        let latest = model_version_policy::Latest { num_versions: 1 };
+        config.version_policy =
+            Some(ModelVersionPolicy { policy_choice: Some(model_version_policy::PolicyChoice::Latest(latest)) });
+    }
+    instance_groups(&mut config, gpus);
+    let optimization = config.optimization.get_or_insert_default();
+    optimization.input_pinned_memory.get_or_insert(PinnedMemoryBuffer { enable: true });
+    optimization.output_pinned_memory.get_or_insert(PinnedMemoryBuffer { enable: true });
+    let prefer_full = |preferred: &mut Vec<i32>| {
+        if preferred.is_empty() && config.max_batch_size > 0 {
+            preferred.push(config.max_batch_size);
+        }
+    };
+    match &mut config.scheduling_choice {
+        Some(SchedulingChoice::DynamicBatching(batching)) => prefer_full(&mut batching.preferred_batch_size),
+        Some(SchedulingChoice::SequenceBatching(sequences)) => {
+            if sequences.max_sequence_idle_microseconds == 0 {
+                sequences.max_sequence_idle_microseconds = SEQUENCE_IDLE_US_DEFAULT;
+            }
+            if let Some(StrategyChoice::Oldest(oldest)) = &mut sequences.strategy_choice {
+                prefer_full(&mut oldest.preferred_batch_size);
+            }
+        }
+        Some(SchedulingChoice::EnsembleScheduling(_)) | None => {}
+    }
+    config
+}
+
+/// Platform, backend and file name, each of which follows from the others.
+fn platform(config: &mut ModelConfig) {
+    let fits = |word: &str, wanted: &str| word.is_empty() || word == wanted;
+    if fits(&config.platform, PLATFORM) && fits(&config.backend, BACKEND) {
+        config.platform = PLATFORM.into();
+        config.backend = BACKEND.into();
+        if config.default_model_filename.is_empty() {
+            config.default_model_filename = MODEL_FILENAME.into();
+        }
+    }
+}
+
+fn instance_groups(config: &mut ModelConfig, gpus: &[i32]) {
+    if config.instance_group.is_empty() {
+        // One that nobody wrote has the model's own name, without a number.
+        config.instance_group.push(ModelInstanceGroup { name: config.name.clone(), ..Default::default() });
+    }
+    for (number, group) in config.instance_group.iter_mut().enumerate() {
+        if group.name.is_empty() {
+            group.name = format!("{}_{number}", config.name);
+        }
+        if group.count == 0 {
+            group.count = 1;
+        }
+        if group.kind() == Kind::Auto {
+            group.set_kind(if gpus.is_empty() { Kind::Cpu } else { Kind::Gpu });
+        }
+        if group.kind() == Kind::Gpu && group.gpus.is_empty() {
+            group.gpus = gpus.to_vec();
+        }
     }
 }
 
@@ -175,5 +249,75 @@ parameters { key: "cresset.scalar.sr" value: { string_value: "int:16000" } }
         assert_eq!((error.line, error.column), (1, 38), "{error}");
         assert!(parse_pbtxt("name: \"unclosed").is_err());
         assert!(parse_pbtxt("# input [\nname: 'a [' ").is_ok());
+    }
+
+    fn effective_of(text: &str, gpus: &[i32]) -> ModelConfig {
+        effective(&parse_pbtxt(&format!("name: \"m\" {text}")).unwrap(), gpus)
+    }
+
+    fn pbtxt(text: &str) -> ModelConfig {
+        parse_pbtxt(text).unwrap()
+    }
+
+    /// What every answer has, as a real Triton gives it on a machine without a GPU.
+    const FILLED: &str = "name: 'm' platform: 'pytorch_libtorch' backend: 'pytorch' default_model_filename: 'model.pt' \
+         version_policy { latest { num_versions: 1 } } \
+         optimization { input_pinned_memory { enable: true } output_pinned_memory { enable: true } } ";
+    const ONE_INSTANCE: &str = "instance_group { name: 'm' kind: KIND_CPU count: 1 } ";
+
+    #[test]
+    fn defaults_are_filled_in_as_triton_does() {
+        for (given, filled) in [
+            ("", ""),
+            ("platform: 'pytorch_libtorch'", ""),
+            ("backend: 'pytorch' max_batch_size: 4", "max_batch_size: 4"),
+            ("max_batch_size: 4 dynamic_batching { }", "max_batch_size: 4 dynamic_batching { preferred_batch_size: 4 }"),
+            (
+                "max_batch_size: 4 dynamic_batching { preferred_batch_size: 2 max_queue_delay_microseconds: 9 }",
+                "max_batch_size: 4 dynamic_batching { preferred_batch_size: 2 max_queue_delay_microseconds: 9 }",
+            ),
+            ("dynamic_batching { }", "dynamic_batching { }"),
+            ("sequence_batching { }", "sequence_batching { max_sequence_idle_microseconds: 1000000 }"),
+            (
+                "max_batch_size: 4 sequence_batching { max_sequence_idle_microseconds: 7 oldest { max_candidate_sequences: 5 } }",
+                "max_batch_size: 4 sequence_batching { max_sequence_idle_microseconds: 7 \
+                 oldest { max_candidate_sequences: 5 preferred_batch_size: 4 } }",
+            ),
+            ("sequence_batching { direct { } }", "sequence_batching { max_sequence_idle_microseconds: 1000000 direct { } }"),
+        ] {
+            assert_eq!(effective_of(given, &[]), pbtxt(&format!("{FILLED}{ONE_INSTANCE}{filled}")), "{given}");
+        }
+    }
+
+    #[test]
+    fn what_was_written_stays() {
+        let written = "platform: 'x' default_model_filename: 'a.pt' version_policy { all { } } \
+            optimization { priority: PRIORITY_MAX input_pinned_memory { enable: false } } instance_group { name: 'a' count: 3 }";
+        let config = effective_of(written, &[]);
+        assert_eq!((&*config.platform, &*config.backend, &*config.default_model_filename), ("x", "", "a.pt"));
+        assert!(!config.optimization.unwrap().input_pinned_memory.unwrap().enable);
+        assert_eq!(config.instance_group, pbtxt("instance_group { name: 'a' kind: KIND_CPU count: 3 }").instance_group);
+        assert_eq!(config.version_policy, pbtxt("version_policy { all { } }").version_policy);
+    }
+
+    #[test]
+    fn instance_groups_get_names_and_places() {
+        let groups = |text: &str, gpus: &[i32]| effective_of(text, gpus).instance_group;
+        let wanted = |text: &str| pbtxt(text).instance_group;
+        assert_eq!(
+            groups("instance_group [ { kind: KIND_CPU }, { count: 2 } ]", &[]),
+            wanted("instance_group [ { name: 'm_0' kind: KIND_CPU count: 1 }, { name: 'm_1' kind: KIND_CPU count: 2 } ]")
+        );
+        assert_eq!(groups("", &[0, 1]), wanted("instance_group { name: 'm' kind: KIND_GPU count: 1 gpus: [ 0, 1 ] }"));
+        assert_eq!(
+            groups("instance_group [ { kind: KIND_GPU gpus: 1 }, { kind: KIND_CPU } ]", &[0, 1]),
+            wanted("instance_group [ { name: 'm_0' kind: KIND_GPU count: 1 gpus: 1 }, { name: 'm_1' kind: KIND_CPU count: 1 } ]")
+        );
+    }
+
+    #[test]
+    fn to_fill_in_twice_changes_nothing() {
+        let once = effective_of(SIMPLE.trim_start_matches("\nname: \"simple\""), &[0]);
+        assert_eq!(effective(&once, &[0]), once);
     }
 }

@@ -74,6 +74,12 @@ reasons! {
     NoLeader = "no-leader" => Unavailable;
     /// It may or may not have happened; asking again with the same id is safe.
     Indeterminate = "indeterminate" => Unavailable;
+    /// There is one of that name already.
+    AlreadyExists = "already-exists" => AlreadyExists;
+    /// No shared memory region is registered under that name.
+    UnknownRegion = "unknown-region" => NotFound;
+    /// A shared memory object can't be opened, read or written.
+    RegionFailed = "region-failed" => Internal;
     /// The state of things forbids it.
     Conflict = "conflict" => FailedPrecondition;
     /// Not built, or not for this model.

@@ -1,11 +1,15 @@
 //! Tensors on the wire: datatypes, and the way from a request to row-major little-endian bytes and back.
 //!
-//! A request brings its tensors either raw (`raw_input_contents`, one entry for each input, used without a copy) or typed
-//! (`contents`). Answers are always raw, since that is what Triton's clients read.
+//! A request brings each tensor raw (`raw_input_contents`, one entry for each input, used without a copy), typed
+//! (`contents`), or in shared memory, and then it has no raw entry. Answers are always raw, since that is what Triton's
+//! clients read.
 use bytes::{BufMut, Bytes, BytesMut};
 
-use crate::inference::{
-    DataType, InferTensorContents, ModelInferRequest, ModelInferResponse, model_infer_response::InferOutputTensor,
+use crate::{
+    answers::NO_SHARED_MEMORY,
+    inference::{DataType, InferTensorContents, ModelInferRequest, ModelInferResponse, model_infer_response::InferOutputTensor},
+    reason::Reason,
+    shared_memory::{Reference, SharedMemoryError},
 };
 
 /// The highest rank of a tensor that is accepted.
@@ -158,7 +162,24 @@ pub enum TensorError {
     IncompleteString { input: String, model: String, expected: usize, got: usize },
     #[error("unexpected number of string elements {got} for inference input '{input}' for model '{model}', expecting {expected}")]
     StringCount { input: String, model: String, expected: usize, got: usize },
+    #[error("unexpected 'content' provided when using shared memory for input tensor '{input}' for model '{model}'")]
+    SharedAndContents { input: String, model: String },
+    #[error(transparent)]
+    SharedMemory(#[from] SharedMemoryError),
 }
+
+impl TensorError {
+    /// The reason to refuse the request with.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::SharedMemory(error) => error.reason(),
+            _ => Reason::InvalidArgument,
+        }
+    }
+}
+
+/// Where the bytes of tensors in shared memory come from.
+pub type Resolve<'a> = dyn Fn(&Reference) -> Result<Bytes, SharedMemoryError> + 'a;
 
 /// Elements of a shape, or `None` where they can't be counted or a dimension is negative.
 pub fn element_count(shape: &[i64]) -> Option<usize> {
@@ -170,13 +191,21 @@ pub fn element_count(shape: &[i64]) -> Option<usize> {
 /// # Errors
 /// [`TensorError`], which is always the caller's fault.
 pub fn take_inputs(request: &mut ModelInferRequest) -> Result<Vec<Tensor>, TensorError> {
+    take_inputs_from(request, &|_| Err(SharedMemoryError::NotServed(NO_SHARED_MEMORY)))
+}
+
+/// As [`take_inputs`], with tensors in shared memory from where `resolve` finds them.
+///
+/// # Errors
+/// [`TensorError`]; but for a region that failed it is the caller's fault.
+pub fn take_inputs_from(request: &mut ModelInferRequest, resolve: &Resolve<'_>) -> Result<Vec<Tensor>, TensorError> {
     let model = std::mem::take(&mut request.model_name);
-    let result = inputs_of(request, &model);
+    let result = inputs_of(request, &model, resolve);
     request.model_name = model;
     result
 }
 
-fn inputs_of(request: &mut ModelInferRequest, model: &str) -> Result<Vec<Tensor>, TensorError> {
+fn inputs_of(request: &mut ModelInferRequest, model: &str, resolve: &Resolve<'_>) -> Result<Vec<Tensor>, TensorError> {
     let raw = std::mem::take(&mut request.raw_input_contents);
     let is_raw = !raw.is_empty();
     let mut raw = raw.into_iter();
@@ -189,12 +218,15 @@ fn inputs_of(request: &mut ModelInferRequest, model: &str) -> Result<Vec<Tensor>
             datatype: input.datatype.chars().take(32).collect(),
         })?;
         let elements = at.elements(&input.shape)?;
-        let data = match (is_raw, input.contents) {
-            (true, Some(contents)) if has_any(&contents) => return Err(at.mixed()),
-            (true, _) => at.raw(datatype, elements, raw.next().ok_or_else(|| at.no_data())?)?,
-            (false, Some(contents)) => at.typed(datatype, elements, contents)?,
-            (false, None) if elements == 0 => Bytes::new(),
-            (false, None) => return Err(at.no_data()),
+        let shared = Reference::read(&input.parameters, &input.name)?;
+        let data = match (shared, is_raw, input.contents) {
+            (Some(_), _, Some(contents)) if has_any(&contents) => return Err(at.shared_and_contents()),
+            (Some(reference), ..) => at.shared(datatype, elements, &reference, resolve)?,
+            (None, true, Some(contents)) if has_any(&contents) => return Err(at.mixed()),
+            (None, true, _) => at.raw(datatype, elements, raw.next().ok_or_else(|| at.no_data())?)?,
+            (None, false, Some(contents)) => at.typed(datatype, elements, contents)?,
+            (None, false, None) if elements == 0 => Bytes::new(),
+            (None, false, None) => return Err(at.no_data()),
         };
         tensors.push(Tensor { name: input.name, datatype, shape: input.shape, data });
     }
@@ -217,20 +249,45 @@ impl Place<'_> {
         TensorError::Mixed { input, model }
     }
 
+    fn shared_and_contents(&self) -> TensorError {
+        let (input, model) = self.names();
+        TensorError::SharedAndContents { input, model }
+    }
+
     fn no_data(&self) -> TensorError {
         let (input, model) = self.names();
         TensorError::NoData { input, model }
     }
 
     fn elements(&self, shape: &[i64]) -> Result<usize, TensorError> {
-        let (input, model) = (self.input.to_owned(), self.model.to_owned());
         if shape.len() > RANK_MAX {
+            let (input, model) = self.names();
             return Err(TensorError::Rank { input, model, rank: shape.len() });
         }
         if shape.iter().any(|dim| *dim < 0) {
+            let (input, model) = self.names();
             return Err(TensorError::NegativeDimension { input, model, shape: shape.to_vec() });
         }
-        element_count(shape).ok_or(TensorError::Overflow { input, model, shape: shape.to_vec() })
+        element_count(shape).ok_or_else(|| self.overflow(shape))
+    }
+
+    fn overflow(&self, shape: &[i64]) -> TensorError {
+        let (input, model) = self.names();
+        TensorError::Overflow { input, model, shape: shape.to_vec() }
+    }
+
+    /// What a place in shared memory holds, which is read only if its size is right.
+    fn shared(
+        &self,
+        datatype: Datatype,
+        elements: usize,
+        reference: &Reference,
+        resolve: &Resolve<'_>,
+    ) -> Result<Bytes, TensorError> {
+        if let Some(size) = datatype.size() {
+            self.byte_count(elements, size, usize::try_from(reference.byte_size).unwrap_or(usize::MAX))?;
+        }
+        self.raw(datatype, elements, resolve(reference)?)
     }
 
     fn raw(&self, datatype: Datatype, elements: usize, data: Bytes) -> Result<Bytes, TensorError> {
@@ -242,30 +299,33 @@ impl Place<'_> {
     }
 
     fn byte_count(&self, elements: usize, size: usize, got: usize) -> Result<(), TensorError> {
-        let (input, model) = self.names();
         match elements.checked_mul(size) {
             Some(expected) if expected == got => Ok(()),
-            Some(expected) => Err(TensorError::ByteCount { input, model, expected, got }),
-            None => Err(TensorError::Overflow { input, model, shape: vec![] }),
+            Some(expected) => {
+                let (input, model) = self.names();
+                Err(TensorError::ByteCount { input, model, expected, got })
+            }
+            None => Err(self.overflow(&[])),
         }
     }
 
     fn string_elements(&self, expected: usize, data: &[u8]) -> Result<(), TensorError> {
         let (mut rest, mut got) = (data, 0usize);
-        while !rest.is_empty() {
+        let incomplete = |expected, got| {
             let (input, model) = self.names();
-            let Some((head, tail)) = rest.split_first_chunk::<4>() else {
-                return Err(TensorError::IncompleteString { input, model, expected: 4, got: rest.len() });
-            };
+            TensorError::IncompleteString { input, model, expected, got }
+        };
+        while !rest.is_empty() {
+            let (head, tail) = rest.split_first_chunk::<4>().ok_or_else(|| incomplete(4, rest.len()))?;
             let length = u32::from_le_bytes(*head) as usize;
-            let Some(tail) = tail.get(length..) else {
-                return Err(TensorError::IncompleteString { input, model, expected: length, got: tail.len() });
-            };
-            rest = tail;
+            rest = tail.get(length..).ok_or_else(|| incomplete(length, tail.len()))?;
             got += 1;
         }
+        if got == expected {
+            return Ok(());
+        }
         let (input, model) = self.names();
-        if got == expected { Ok(()) } else { Err(TensorError::StringCount { input, model, expected, got }) }
+        Err(TensorError::StringCount { input, model, expected, got })
     }
 
     fn typed(&self, datatype: Datatype, elements: usize, contents: InferTensorContents) -> Result<Bytes, TensorError> {
@@ -390,105 +450,4 @@ pub fn outputs(response: &ModelInferResponse) -> Option<Vec<Tensor>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::inference::model_infer_request::InferInputTensor;
-
-    fn request(datatype: &str, shape: &[i64], contents: Option<InferTensorContents>, raw: Option<&[u8]>) -> ModelInferRequest {
-        ModelInferRequest {
-            model_name: "simple".into(),
-            inputs: vec![InferInputTensor {
-                name: "INPUT0".into(),
-                datatype: datatype.into(),
-                shape: shape.to_vec(),
-                contents,
-                ..Default::default()
-            }],
-            raw_input_contents: raw.map(Bytes::copy_from_slice).into_iter().collect(),
-            ..Default::default()
-        }
-    }
-
-    #[test]
-    fn typed_and_raw_contents_give_the_same_tensor() {
-        let contents = InferTensorContents { fp32_contents: vec![1.0, -2.5], ..Default::default() };
-        let typed = take_inputs(&mut request("FP32", &[2], Some(contents), None)).unwrap();
-        let bytes: Vec<u8> = [1.0f32, -2.5].iter().flat_map(|v| v.to_le_bytes()).collect();
-        let raw = take_inputs(&mut request("FP32", &[2], None, Some(&bytes))).unwrap();
-        assert_eq!(typed, raw);
-    }
-
-    #[test]
-    fn mixing_raw_and_typed_is_refused_in_tritons_words() {
-        let contents = InferTensorContents { fp32_contents: vec![1.0], ..Default::default() };
-        let error = take_inputs(&mut request("FP32", &[1], Some(contents), Some(&[0; 4]))).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "contents field must not be specified when using raw_input_contents for 'INPUT0' for model 'simple'"
-        );
-    }
-
-    #[test]
-    fn byte_counts_must_match_exactly() {
-        let error = take_inputs(&mut request("INT32", &[1, 16], None, Some(&[0; 60]))).unwrap_err();
-        assert!(error.to_string().ends_with("Expected 64, got 60"), "{error}");
-        assert!(matches!(
-            take_inputs(&mut request("FP32", &[1 << 32, 1 << 32], None, Some(&[0; 4]))),
-            Err(TensorError::Overflow { .. })
-        ));
-        assert!(matches!(
-            take_inputs(&mut request("FP32", &[-1], None, Some(&[0; 4]))),
-            Err(TensorError::NegativeDimension { .. })
-        ));
-    }
-
-    #[test]
-    fn fewer_raw_entries_than_inputs_are_missing_data_and_more_are_ignored() {
-        let mut two = request("INT8", &[1], None, Some(&[7]));
-        two.inputs.push(two.inputs[0].clone());
-        assert!(matches!(take_inputs(&mut two), Err(TensorError::NoData { .. })));
-        let mut extra = request("INT8", &[1], None, Some(&[7]));
-        extra.raw_input_contents.push(Bytes::from_static(b"ignored"));
-        assert_eq!(take_inputs(&mut extra).unwrap().len(), 1);
-    }
-
-    #[test]
-    fn strings_are_framed_and_counted() {
-        let contents =
-            InferTensorContents { bytes_contents: vec![Bytes::from_static(b"he\0llo"), Bytes::new()], ..Default::default() };
-        let tensor = take_inputs(&mut request("BYTES", &[2], Some(contents), None)).unwrap().remove(0);
-        assert_eq!(&tensor.data[..], b"\x06\0\0\0he\0llo\0\0\0\0");
-        let error = take_inputs(&mut request("BYTES", &[1], None, Some(b"\x09\0\0\0abc"))).unwrap_err();
-        assert!(error.to_string().contains("expecting string of length 9 but only 3 bytes available"), "{error}");
-    }
-
-    #[test]
-    fn half_precision_is_raw_only_and_values_must_fit() {
-        let floats = InferTensorContents { fp32_contents: vec![1.0], ..Default::default() };
-        assert!(matches!(take_inputs(&mut request("FP16", &[1], Some(floats.clone()), None)), Err(TensorError::RawOnly { .. })));
-        assert!(matches!(take_inputs(&mut request("INT8", &[1], Some(floats), None)), Err(TensorError::WrongField { .. })));
-        let big = InferTensorContents { int_contents: vec![300], ..Default::default() };
-        assert!(matches!(take_inputs(&mut request("INT8", &[1], Some(big), None)), Err(TensorError::OutOfRange { .. })));
-    }
-
-    proptest! {
-        #[test]
-        fn no_request_panics(
-            datatype in "(BOOL|INT8|FP32|BYTES|BF16|UINT64|[A-Z]{0,4})",
-            shape in prop::collection::vec(any::<i64>(), 0..20),
-            raw in prop::option::of(prop::collection::vec(any::<u8>(), 0..64)),
-            ints in prop::collection::vec(any::<i32>(), 0..4),
-        ) {
-            let contents = InferTensorContents { int_contents: ints, ..Default::default() };
-            if let Ok(tensors) = take_inputs(&mut request(&datatype, &shape, Some(contents), raw.as_deref())) {
-                for tensor in tensors {
-                    if let Some(size) = tensor.datatype.size() {
-                        prop_assert_eq!(element_count(&tensor.shape).unwrap() * size, tensor.data.len());
-                    }
-                }
-            }
-        }
-    }
-}
+mod tests;

@@ -13,6 +13,9 @@ import transport  # noqa: F401
 import sequences  # noqa: F401
 import streams  # noqa: F401
 import refusals  # noqa: F401
+import model_statistics  # noqa: F401
+import settings  # noqa: F401
+import shared_memory  # noqa: F401
 import repository  # noqa: F401
 
 if __name__ == "__main__":

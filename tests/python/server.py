@@ -5,7 +5,6 @@ import asyncio
 import grpc
 import tritonclient.grpc.aio as aio
 from checks import DEADLINE_S, check, contains, equal, refused
-from tritonclient.grpc import service_pb2 as pb
 
 
 @check
@@ -20,8 +19,12 @@ def metadata_names_the_server_and_its_extensions(place):
     metadata = place.any().client.get_server_metadata()
     equal(metadata.name, "cresset")
     assert metadata.version
-    for extension in ["sequence", "sequence(string_id)", "model_configuration", "binary_tensor_data", "parameters"]:
+    both = ["sequence", "sequence(string_id)", "model_configuration", "binary_tensor_data", "parameters", "statistics", "trace", "logging"]
+    own = {"coordinator": ["model_repository"], "worker": ["system_shared_memory"]}
+    for extension in both + own[place.kind]:
         assert extension in metadata.extensions, extension
+    other = own["worker" if place.kind == "coordinator" else "coordinator"]
+    assert not set(other) & set(metadata.extensions), metadata.extensions
 
 
 @check
@@ -60,6 +63,23 @@ def model_config_is_what_was_written(place):
     vad = place.of("silero_vad").client.get_model_config("silero_vad", "1").config
     equal(vad.sequence_batching.oldest.max_candidate_sequences, 256)
     equal(vad.parameters["cresset.scalar.sr"].string_value, "int:16000")
+
+
+@check
+def model_config_has_the_defaults_that_a_triton_fills_in(place):
+    config = place.of("simple").client.get_model_config("simple", as_json=True)["config"]
+    wanted = {
+        "platform": "pytorch_libtorch",
+        "backend": "pytorch",
+        "default_model_filename": "model.pt",
+        "version_policy": {"latest": {"num_versions": 1}},
+        "instance_group": [{"name": "simple", "count": 1, "kind": "KIND_CPU"}],
+        "dynamic_batching": {"preferred_batch_size": [8]},
+        "optimization": {"input_pinned_memory": {"enable": True}, "output_pinned_memory": {"enable": True}},
+    }
+    equal({key: config.get(key) for key in wanted}, wanted)
+    vad = place.of("silero_vad").client.get_model_config("silero_vad").config
+    assert vad.sequence_batching.max_sequence_idle_microseconds > 0
 
 
 @check
@@ -113,18 +133,5 @@ def reflection_lists_the_services_in_both_versions(place):
 
 @check
 def what_is_not_built_is_unimplemented(place):
-    stub = place.any().stub
-    for call, message in [
-        (stub.ModelStatistics, pb.ModelStatisticsRequest(name="simple")),
-        (stub.SystemSharedMemoryStatus, pb.SystemSharedMemoryStatusRequest()),
-        (stub.SystemSharedMemoryRegister, pb.SystemSharedMemoryRegisterRequest(name="a", key="/a", byte_size=1)),
-        (stub.SystemSharedMemoryUnregister, pb.SystemSharedMemoryUnregisterRequest()),
-        (stub.CudaSharedMemoryStatus, pb.CudaSharedMemoryStatusRequest()),
-        (stub.CudaSharedMemoryRegister, pb.CudaSharedMemoryRegisterRequest(name="a")),
-        (stub.CudaSharedMemoryUnregister, pb.CudaSharedMemoryUnregisterRequest()),
-        (stub.TraceSetting, pb.TraceSettingRequest()),
-        (stub.LogSettings, pb.LogSettingsRequest()),
-    ]:
-        refused(grpc.StatusCode.UNIMPLEMENTED, ["not supported"], lambda: call(message, timeout=DEADLINE_S))
     unknown = _method(place, "/inference.GRPCInferenceService/Nope")
     refused(grpc.StatusCode.UNIMPLEMENTED, [], lambda: unknown(b"", timeout=DEADLINE_S))

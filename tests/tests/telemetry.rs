@@ -1,6 +1,10 @@
 //! Traces and metrics, seen from outside: a collector of our own gets the spans, and the HTTP ports are asked.
 use std::{collections::BTreeMap, time::Duration};
 
+use cresset_proto::inference::{
+    ModelInferRequest, TraceSettingRequest, TraceSettingResponse, trace_setting_request::SettingValue,
+};
+use cresset_tests::harness::Cluster;
 use opentelemetry_proto::tonic::{
     collector::trace::v1::{
         ExportTraceServiceRequest, ExportTraceServiceResponse,
@@ -13,6 +17,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::mpsc,
+    task::JoinHandle,
     time::timeout,
 };
 use tokio_stream::wrappers::TcpListenerStream;
@@ -43,6 +48,19 @@ impl TraceService for Collector {
     }
 }
 
+type Spans = mpsc::Receiver<(String, Span)>;
+
+/// A collector, the spans that it gets, and what tells processes of it.
+async fn collector() -> (Spans, JoinHandle<Result<(), tonic::transport::Error>>, Vec<(String, String)>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let (sender, spans) = mpsc::channel(256);
+    let collector = Server::builder().add_service(TraceServiceServer::new(Collector(sender)));
+    let collector = tokio::spawn(collector.serve_with_incoming(TcpListenerStream::new(listener)));
+    let env = [("OTEL_EXPORTER_OTLP_ENDPOINT", &*endpoint), ("OTEL_BSP_SCHEDULE_DELAY", "100")];
+    (spans, collector, env.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec())
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -50,15 +68,8 @@ fn hex(bytes: &[u8]) -> String {
 /// A caller's trace goes on through the coordinator and the worker, and both say what they did.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_callers_trace_runs_through_coordinator_and_worker() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let endpoint = format!("http://{}", listener.local_addr().unwrap());
-    let (sender, mut spans) = mpsc::channel(256);
-    let collector = Server::builder().add_service(TraceServiceServer::new(Collector(sender)));
-    let collector = tokio::spawn(collector.serve_with_incoming(TcpListenerStream::new(listener)));
-
+    let (mut spans, collector, env) = collector().await;
     let repository = plus_one();
-    let env =
-        vec![("OTEL_EXPORTER_OTLP_ENDPOINT".to_owned(), endpoint), ("OTEL_BSP_SCHEDULE_DELAY".to_owned(), "100".to_owned())];
     let cluster = cluster_with_env(1, 1, &repository, &["plus_one"], env);
     let mut request = Request::new(row("plus_one", &[1.0]));
     request.get_mut().id = "traced".into();
@@ -82,6 +93,59 @@ async fn a_callers_trace_runs_through_coordinator_and_worker() {
             assert!(span.attributes.iter().any(|attribute| attribute.key == key), "{key} in {span:?}");
         }
     }
+    collector.abort();
+}
+
+/// Changes a process's trace settings.
+async fn sample(cluster: &Cluster, id: &str, settings: &[(&str, &str)]) -> TraceSettingResponse {
+    let value = |value: &str| SettingValue { value: vec![value.to_owned()] };
+    let settings = settings.iter().map(|(key, text)| ((*key).to_owned(), value(text))).collect();
+    let request = TraceSettingRequest { settings, ..Default::default() };
+    inference(cluster, id).await.trace_setting(request).await.unwrap().into_inner()
+}
+
+/// Which requests leave a trace is changed while the processes run. A request that is sampled at the coordinator is sampled
+/// at the worker, whose own rate is for requests that come straight to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rate_of_traces_changes_at_run_time() {
+    let (mut spans, collector, env) = collector().await;
+    let repository = plus_one();
+    let cluster = cluster_with_env(1, 1, &repository, &["plus_one"], env);
+    let mut client = inference(&cluster, "c1").await;
+    let settings = sample(&cluster, "c1", &[]).await.settings;
+    assert_eq!(
+        (&settings["trace_level"].value[..], &settings["trace_rate"].value[..]),
+        (&["TIMESTAMPS".into()][..], &["1".into()][..])
+    );
+    let mut ask = async |first: usize, requests: usize| {
+        for number in first..first + requests {
+            let request = ModelInferRequest { id: number.to_string(), ..row("plus_one", &[1.0]) };
+            client.model_infer(request).await.unwrap();
+        }
+    };
+
+    sample(&cluster, "c1", &[("trace_rate", "3"), ("trace_count", "2")]).await;
+    sample(&cluster, "w1", &[("trace_rate", "1000")]).await;
+    ask(0, 9).await;
+    assert_eq!(sample(&cluster, "c1", &[]).await.settings["trace_count"].value, ["0"], "two of three are taken");
+    sample(&cluster, "c1", &[("trace_level", "OFF"), ("trace_rate", "1"), ("trace_count", "-1")]).await;
+    ask(100, 5).await;
+    sample(&cluster, "c1", &[("trace_level", "TIMESTAMPS")]).await;
+    ask(200, 1).await;
+
+    // The last request's spans end the wait: whatever was sampled before it has been exported before them.
+    let mut found: Vec<(String, String)> = vec![];
+    while found.iter().filter(|(_, request)| request == "200").count() < 2 {
+        let (_, span) = timeout(PATIENCE, spans.recv()).await.expect("the spans come").expect("the collector lives");
+        let request = span.attributes.iter().find(|attribute| attribute.key == "request").unwrap();
+        let Some(Value::StringValue(request)) = request.value.clone().unwrap().value else { panic!("{span:?}") };
+        found.push((span.name, request));
+    }
+    found.sort();
+    let both = |request: &str| ["predict", "route"].map(|name| (name.to_owned(), request.to_owned()));
+    let mut wanted = [both("2"), both("5"), both("200")].concat();
+    wanted.sort();
+    assert_eq!(found, wanted);
     collector.abort();
 }
 
@@ -111,6 +175,15 @@ async fn every_process_shows_its_metrics_and_its_health() {
         }
     }
     let worker = get(cluster.http("w1").unwrap(), "/metrics").await;
-    assert!(worker.contains("cresset_worker_requests_total{model=\"plus_one\",version=\"1\"} 3"), "{worker}");
+    for line in [
+        "cresset_worker_requests_total{model=\"plus_one\",version=\"1\"} 3",
+        // The same in Triton's words.
+        "nv_inference_request_success{model=\"plus_one\",version=\"1\"} 3",
+        "nv_inference_count{model=\"plus_one\",version=\"1\"} 3",
+        "nv_inference_request_failure{model=\"plus_one\",reason=\"REJECTED\",version=\"1\"} 0",
+        "nv_inference_pending_request_count{model=\"plus_one\",version=\"1\"} 0",
+    ] {
+        assert!(worker.contains(line), "{line} is missing in {worker}");
+    }
     assert!(get(cluster.http("c1").unwrap(), "/metrics").await.contains("cresset_leading 1"));
 }

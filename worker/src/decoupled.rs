@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::{Semaphore, mpsc};
@@ -17,12 +17,13 @@ use crate::{
     batch::{answers, assemble},
     contract::Contract,
     engine::{
-        EngineError, Outputs,
+        EngineError, Outputs, Timing,
         device::{PlacedGeneration, PlacedModel},
     },
     error::PredictError,
     metrics::ModelMetrics,
     queue::{Answered, Bounds, Terms},
+    statistics::{Failure, ResponseKind},
 };
 
 /// Requests of one model that are being answered at once.
@@ -81,26 +82,35 @@ impl Decoupled {
         let this = Arc::clone(self);
         tokio::spawn(async move {
             let _permit = permit;
+            let came = Instant::now();
+            let statistics = &this.metrics.statistics;
             tokio::select! {
-                ended = this.answer(&admitted, terms, &responses) => {
-                    if let Err(error) = ended {
+                ended = this.answer(&admitted, terms, came, &responses) => match ended {
+                    Ok(Some((queued, timing))) => {
+                        statistics.success(admitted.rows as u64, came.elapsed(), queued, &timing);
+                    }
+                    Ok(None) => statistics.cancelled(came.elapsed()),
+                    Err(error) => {
+                        statistics.failure(Failure::of(error.reason()), came.elapsed());
                         let _ = responses.send(Err(error)).await;
                     }
-                }
+                },
                 // The caller has gone: what the device has begun ends there, and nothing more is begun.
-                () = responses.closed() => {}
+                () = responses.closed() => statistics.cancelled(came.elapsed()),
             }
         });
         Ok(receiver)
     }
 
+    /// Gives the responses; what the request took altogether, or `None` if its caller went away.
     async fn answer(
         &self,
         admitted: &Admitted,
         terms: Terms,
+        came: Instant,
         responses: &mpsc::Sender<Result<Answered, PredictError>>,
-    ) -> Result<(), PredictError> {
-        let came = Instant::now();
+    ) -> Result<Option<(Duration, Timing)>, PredictError> {
+        let pending = self.metrics.statistics.pending();
         let turn = self.open.acquire();
         let turn = match terms.deadline {
             Some(at) => tokio::time::timeout_at(at.into(), turn).await.map_err(|_| PredictError::Deadline)?,
@@ -109,18 +119,24 @@ impl Decoupled {
         // The semaphore is never closed.
         let _turn = turn.map_err(|_| PredictError::Unloaded(self.contract.name.clone()))?;
         let generation = self.open_generation(admitted).await?;
-        loop {
+        drop(pending);
+        let mut sum: Option<Timing> = None;
+        for index in 0.. {
             if terms.deadline.is_some_and(|at| at <= Instant::now()) {
                 return Err(PredictError::Deadline);
             }
-            let Some(outputs) = generation.next().await.map_err(|source| self.engine_error(source))? else { return Ok(()) };
-            self.metrics.batch(admitted.rows, outputs.timing.total());
-            let answer = self.share(admitted, &outputs, came);
-            let failed = answer.is_err();
-            if responses.send(answer).await.is_err() || failed {
-                return Ok(());
+            let Some(outputs) = generation.next().await.map_err(|source| self.engine_error(source))? else { break };
+            let timing = outputs.timing;
+            self.metrics.batch(admitted.rows, &timing);
+            sum = Some(sum.map_or(timing, |sum| sum.and_then(timing)));
+            let answer = self.share(admitted, &outputs, came)?;
+            self.metrics.statistics.response(index, timing.input + timing.infer, timing.output, ResponseKind::Success);
+            if responses.send(Ok(answer)).await.is_err() {
+                return Ok(None);
             }
         }
+        let timing = sum.unwrap_or_else(|| Timing::of_model(Instant::now()));
+        Ok(Some((timing.began.saturating_duration_since(came), timing)))
     }
 
     async fn open_generation(&self, admitted: &Admitted) -> Result<PlacedGeneration, PredictError> {

@@ -1,5 +1,7 @@
 //! Why a worker refuses or fails a request, and the one table from there to the wire.
-use cresset_proto::{ids::VersionError, parameters::ParameterError, reason::Reason, tensor::TensorError};
+use cresset_proto::{
+    ids::VersionError, parameters::ParameterError, reason::Reason, shared_memory::SharedMemoryError, tensor::TensorError,
+};
 use tonic::Status;
 
 use crate::{admission::AdmissionError, engine::EngineError};
@@ -78,6 +80,9 @@ pub enum PredictError {
     /// The tensors are wrong in themselves.
     #[error(transparent)]
     Tensor(#[from] TensorError),
+    /// An output can't go to shared memory.
+    #[error(transparent)]
+    SharedMemory(#[from] SharedMemoryError),
     /// The request doesn't fit the model.
     #[error(transparent)]
     Admission(#[from] AdmissionError),
@@ -145,8 +150,9 @@ impl PredictError {
             Self::QueueTimeout(_) => Reason::QueueTimeout,
             Self::Deadline => Reason::DeadlineExceeded,
             Self::Parameter(error) => error.reason(),
+            Self::Tensor(error) => error.reason(),
+            Self::SharedMemory(error) => error.reason(),
             Self::BadVersion(_)
-            | Self::Tensor(_)
             | Self::Admission(_)
             | Self::NoSequenceId(_)
             | Self::CorrelationId { .. }

@@ -13,6 +13,8 @@
 //! | [`assignment`] | what to load and unload so that the worker runs what it should; pure |
 //! | [`models`] | fetch, verify, load, [warm up](warm_up), serve, unload |
 //! | [`membership`] | the tie to the leader |
+//! | [`shared_memory`] | tensors that clients on this host share with the worker |
+//! | [`statistics`] | what each model has done |
 //! | [`predict`] | from a request to an answer |
 //! | [`service`] | gRPC: decode, ask, encode |
 #![deny(unsafe_code)]
@@ -35,6 +37,8 @@ pub mod queue;
 pub mod ragged;
 pub mod sequence;
 pub mod service;
+pub mod shared_memory;
+pub mod statistics;
 pub mod warm_up;
 
 use std::{

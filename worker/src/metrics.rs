@@ -1,8 +1,19 @@
-//! The worker's metrics, all of them.
-use std::{sync::LazyLock, time::Duration};
+//! The worker's metrics, all of them: our own, and [`triton`]'s names for those that have one.
+pub mod triton;
+
+use std::{
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use cresset_runtime::metrics::register;
 use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts};
+
+use crate::{
+    engine::Timing,
+    error::PredictError,
+    statistics::{Failure, Recorder},
+};
 
 /// Seconds, from 50 µs to 10 s.
 const SECONDS: [f64; 12] = [5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 5e-2, 0.25, 1.0, 10.0];
@@ -63,6 +74,8 @@ pub struct ModelMetrics {
     version: String,
     /// Requests that wait in the queue.
     pub waiting: IntGauge,
+    /// What `ModelStatistics` tells.
+    pub statistics: Arc<Recorder>,
     requests: IntCounter,
     request_seconds: Histogram,
     batch_rows: Histogram,
@@ -71,11 +84,12 @@ pub struct ModelMetrics {
 
 impl ModelMetrics {
     /// Metrics with this model's labels.
-    pub fn new(model: &str, version: u64) -> Self {
+    pub fn new(model: &str, version: u64, statistics: Arc<Recorder>) -> Self {
         let version = version.to_string();
         let labels: &[&str] = &[model, &version];
         Self {
             waiting: FAMILIES.waiting.with_label_values(labels),
+            statistics,
             requests: FAMILIES.requests.with_label_values(labels),
             request_seconds: FAMILIES.request_seconds.with_label_values(labels),
             batch_rows: FAMILIES.batch_rows.with_label_values(labels),
@@ -86,9 +100,19 @@ impl ModelMetrics {
     }
 
     /// A batch of this many rows ran.
-    pub fn batch(&self, rows: usize, took: Duration) {
+    pub fn batch(&self, rows: usize, timing: &Timing) {
         self.batch_rows.observe(rows as f64);
-        self.batch_seconds.observe(took.as_secs_f64());
+        self.batch_seconds.observe(timing.total().as_secs_f64());
+        self.statistics.executed(rows as u64, timing);
+    }
+
+    /// A request of `rows` rows that was in line left it: answered after so long in the queue and with these times of its
+    /// batch, or failed.
+    pub fn ended(&self, rows: usize, took: Duration, times: Result<(Duration, Timing), &PredictError>) {
+        match times {
+            Ok((queued, timing)) => self.statistics.success(rows as u64, took, queued, &timing),
+            Err(error) => self.statistics.failure(Failure::of(error.reason()), took),
+        }
     }
 
     /// A request was answered (`None`) or refused for a reason.
@@ -107,7 +131,7 @@ mod tests {
 
     #[test]
     fn the_names_are_what_dashboards_expect() {
-        ModelMetrics::new("m", 1).request(Some("queue-full"), Duration::from_millis(2));
+        ModelMetrics::new("m", 1, triton::recorder("m", 1, Duration::ZERO)).request(Some("queue-full"), Duration::from_millis(2));
         let text = cresset_runtime::metrics::render();
         for line in [
             "cresset_worker_requests_total{model=\"m\",version=\"1\"} 1",

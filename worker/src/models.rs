@@ -31,7 +31,7 @@ use crate::{
         device::{DeviceThread, PlacedModel},
     },
     error::PredictError,
-    metrics::ModelMetrics,
+    metrics::{self, ModelMetrics},
     queue::{Bounds, ModelQueue},
     sequence::{self, Home, Sequences},
     warm_up::{WarmUpError, warm_up},
@@ -51,6 +51,8 @@ pub struct ServedModel {
     pub runner: Runner,
     /// Its metrics.
     pub metrics: ModelMetrics,
+    /// Where it runs; its weights are on each of them.
+    pub devices: Vec<Device>,
     /// Bytes of its weights and buffers.
     pub memory_bytes: u64,
 }
@@ -280,6 +282,7 @@ impl Inner {
     }
 
     fn read_and_load(&self, assignment: &Assignment) -> Result<ServedModel, LoadError> {
+        let begun = std::time::Instant::now();
         let key = ReplicaKey::of(assignment);
         let stored = self.repository.read(&key.model, Some(key.version))?;
         if stored.digest != assignment.digest {
@@ -298,18 +301,21 @@ impl Inner {
         let initial = sequence::state::initial(&contract, |file| read("initial_state", file)).map_err(LoadError::File)?;
         let mut spec = load_spec(&contract, stored.file)?;
         let mut instances = Vec::new();
-        for device in self.places(&contract)? {
+        let devices = self.places(&contract)?;
+        for device in devices.iter().copied() {
             spec.device = device;
             let mut model = self.engine.load(&spec)?;
             takes_what_is_left_out(&contract, model.signature()).map_err(LoadError::File)?;
             warm_up(model.as_mut(), &contract, &initial, |file| read("warmup", file))?;
             instances.push(DeviceThread::spawn(device).map_err(LoadError::Thread)?.place(model));
         }
-        let metrics = ModelMetrics::new(&key.model, key.version);
+        let metrics =
+            ModelMetrics::new(&key.model, key.version, metrics::triton::recorder(&key.model, key.version, begun.elapsed()));
         let memory_bytes = instances.iter().map(PlacedModel::memory_bytes).sum();
         let contract = Arc::new(contract);
         let runner = runner(&contract, instances, initial, self.bounds, &metrics);
-        Ok(ServedModel { key, generation: assignment.generation, contract, config, runner, metrics, memory_bytes })
+        let generation = assignment.generation;
+        Ok(ServedModel { key, generation, contract, config, runner, metrics, devices, memory_bytes })
     }
 
     /// The device of each instance that the configuration asks for.

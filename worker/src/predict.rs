@@ -11,9 +11,11 @@ use std::{
 };
 
 use cresset_proto::{
+    answers::NO_SHARED_MEMORY,
     ids::WorkerId,
     inference::{ModelInferRequest, ModelInferResponse},
     parameters::Parameters,
+    shared_memory::{SharedMemoryError, is_used},
     tensor::{Tensor, push_output, take_inputs},
 };
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream};
@@ -27,6 +29,8 @@ use crate::{
     models::{Models, Runner, ServedModel},
     queue::{Answered, Terms},
     sequence::Standing,
+    shared_memory::{Placements, SharedMemory},
+    statistics::Failure,
 };
 
 /// What every service of this worker shares.
@@ -35,6 +39,8 @@ pub struct Worker {
     pub id: WorkerId,
     /// Its models.
     pub models: Models,
+    /// What clients on this host share with it.
+    pub shared_memory: SharedMemory,
     incarnation: AtomicU64,
     draining: AtomicBool,
     requests_total: AtomicU64,
@@ -47,6 +53,7 @@ impl Worker {
         Arc::new(Self {
             id,
             models,
+            shared_memory: SharedMemory::default(),
             incarnation: incarnation.into(),
             draining: false.into(),
             requests_total: 0.into(),
@@ -135,7 +142,9 @@ impl Worker {
     pub fn begin_any(self: &Arc<Self>, mut request: ModelInferRequest, deadline: Option<Instant>, span: Span) -> Begun {
         let watch = self.watch();
         match span.in_scope(|| self.enter(&mut request, deadline, true)) {
-            Ok((served, Waiting::Decoupled(responses))) => Begun::Many(many(watch, served, responses, request.id, span)),
+            Ok((served, Waiting::Decoupled(responses), placements)) => {
+                Begun::Many(many(watch, served, responses, placements, request.id, span))
+            }
             entered => Begun::One(one(watch, entered, request.id).instrument(span).boxed()),
         }
     }
@@ -146,8 +155,8 @@ impl Worker {
 
     fn enter(&self, request: &mut ModelInferRequest, deadline: Option<Instant>, takes_many: bool) -> Entered {
         let served = self.models.find(&request.model_name, &request.model_version).map_err(|error| (None, error))?;
-        match line_up(&served, request, deadline, takes_many) {
-            Ok(waiting) => Ok((served, waiting)),
+        match line_up(&served, request, deadline, takes_many, &self.shared_memory) {
+            Ok((waiting, placements)) => Ok((served, waiting, placements)),
             Err(error) => Err((Some(served), error)),
         }
     }
@@ -161,7 +170,7 @@ pub enum Begun {
     Many(BoxStream<'static, Result<ModelInferResponse, PredictError>>),
 }
 
-type Entered = Result<(Arc<ServedModel>, Waiting), (Option<Arc<ServedModel>>, PredictError)>;
+type Entered = Result<(Arc<ServedModel>, Waiting, Placements), (Option<Arc<ServedModel>>, PredictError)>;
 
 /// Counts a request and knows when it came.
 struct Watch {
@@ -171,51 +180,71 @@ struct Watch {
 
 impl Watch {
     /// Notes how a request ended, once.
-    fn ended(&self, served: Option<&ServedModel>, error: Option<&PredictError>) {
+    fn ended(&self, served: Option<&ServedModel>, result: Result<(), &PredictError>) {
+        let took = self.begun.elapsed();
         if let Some(served) = served {
-            served.metrics.request(error.map(|error| error.reason().as_str()), self.begun.elapsed());
+            served.metrics.request(result.err().map(|error| error.reason().as_str()), took);
         }
-        if let Some(error) = error.filter(|error| error.is_ours()) {
+        if let Some(error) = result.err().filter(|error| error.is_ours()) {
             tracing::warn!(%error, "a request failed");
         }
     }
 }
 
 async fn one(watch: Watch, entered: Entered, id: String) -> Result<ModelInferResponse, PredictError> {
-    let (served, answer) = match entered {
-        Ok((served, waiting)) => {
-            let answer = waiting.answer(&served).await;
-            (Some(served), answer)
+    let (served, waiting, placements) = match entered {
+        Ok(entered) => entered,
+        Err((served, error)) => {
+            watch.ended(served.as_deref(), Err(&error));
+            // What was refused before it was in line is counted only if there was no room for it.
+            if let Some(served) = served.filter(|_| Failure::of(error.reason()) == Failure::Rejected) {
+                served.metrics.statistics.failure(Failure::Rejected, watch.begun.elapsed());
+            }
+            return Err(error);
         }
-        Err((served, error)) => (served, Err(error)),
     };
-    watch.ended(served.as_deref(), answer.as_ref().err());
-    answer.map(|answered| respond(served.as_deref(), id, answered.outputs))
+    let rows = waiting.rows();
+    let answer = waiting.answer(&served).await;
+    let times = answer.as_ref().map(|answered| (answered.queued, answered.timing));
+    served.metrics.ended(rows, watch.begun.elapsed(), times);
+    let answer = answer.and_then(|answered| {
+        let mut response = respond(Some(&served), id, answered.outputs);
+        placements.apply(&mut response)?;
+        Ok(response)
+    });
+    watch.ended(Some(&served), answer.as_ref().map(drop));
+    answer
 }
 
 fn many(
     watch: Watch,
     served: Arc<ServedModel>,
     responses: Responses,
+    placements: Placements,
     id: String,
     span: Span,
 ) -> BoxStream<'static, Result<ModelInferResponse, PredictError>> {
-    let state = Some((watch, responses));
-    let next = move |state: Option<(Watch, Responses)>| {
+    let state = Some((watch, responses, placements));
+    let next = move |state: Option<(Watch, Responses, Placements)>| {
         let (served, id, span) = (Arc::clone(&served), id.clone(), span.clone());
         async move {
-            let (watch, mut responses) = state?;
-            match responses.recv().await {
-                Some(Ok(answered)) => Some((Ok(respond(Some(&served), id, answered.outputs)), Some((watch, responses)))),
-                Some(Err(error)) => {
-                    span.in_scope(|| watch.ended(Some(&served), Some(&error)));
-                    Some((Err(error), None))
+            let (watch, mut responses, placements) = state?;
+            let answer = match responses.recv().await {
+                Some(Ok(answered)) => {
+                    let mut response = respond(Some(&served), id, answered.outputs);
+                    placements.apply(&mut response).map(|()| response).map_err(PredictError::from)
                 }
+                Some(Err(error)) => Err(error),
                 None => {
-                    watch.ended(Some(&served), None);
-                    None
+                    watch.ended(Some(&served), Ok(()));
+                    return None;
                 }
+            };
+            if let Err(error) = &answer {
+                span.in_scope(|| watch.ended(Some(&served), Err(error)));
+                return Some((answer, None));
             }
+            Some((answer, Some((watch, responses, placements))))
         }
     };
     futures::stream::unfold(state, next).boxed()
@@ -229,6 +258,15 @@ enum Waiting {
 }
 
 impl Waiting {
+    /// Rows of the request.
+    fn rows(&self) -> usize {
+        match self {
+            Self::Queue(admitted, _) => admitted.rows,
+            // Requests of sequences have one row; a decoupled model's request is counted where it is run.
+            Self::Sequence(_) | Self::Decoupled(_) => 1,
+        }
+    }
+
     async fn answer(self, served: &ServedModel) -> Result<Answered, PredictError> {
         let unloaded = || PredictError::Unloaded(served.key.model.clone());
         match (self, &served.runner) {
@@ -250,30 +288,37 @@ fn line_up(
     request: &mut ModelInferRequest,
     deadline: Option<Instant>,
     takes_many: bool,
-) -> Result<Waiting, PredictError> {
+    memory: &SharedMemory,
+) -> Result<(Waiting, Placements), PredictError> {
     if served.contract.decoupled && !takes_many {
         return Err(PredictError::Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy".into()));
     }
     let parameters = Parameters::read(&request.parameters)?;
     let terms = Terms { deadline, priority: parameters.priority, timeout_us: parameters.timeout_us };
-    let admitted = admit(served, request)?;
-    match &served.runner {
+    let (tensors, placements) = memory.take(request)?;
+    let admitted = served.contract.admit(request, tensors)?;
+    let waiting = match &served.runner {
         // Sequence parameters on a model whose requests are independent mean nothing, as in Triton.
-        Runner::Queue(_) => Ok(Waiting::Queue(admitted, terms)),
-        Runner::Decoupled(decoupled) => Ok(Waiting::Decoupled(decoupled.run(admitted, terms)?)),
+        Runner::Queue(_) => Waiting::Queue(admitted, terms),
+        Runner::Decoupled(decoupled) => Waiting::Decoupled(decoupled.run(admitted, terms)?),
         Runner::Sequences(sequences) => {
             let id = parameters.sequence_id.ok_or_else(|| PredictError::NoSequenceId(served.key.model.clone()))?;
             let standing = Standing { id: &id, start: parameters.sequence_start, end: parameters.sequence_end };
-            Ok(Waiting::Sequence(sequences.enter(standing, admitted, terms)?))
+            Waiting::Sequence(sequences.enter(standing, admitted, terms)?)
         }
-    }
+    };
+    Ok((waiting, placements))
 }
 
-/// Checks the tensors of a request against its model.
+/// Checks the tensors of a request against its model. They have to be in the request itself: this is for requests that came
+/// by way of a router, whose client may be on another host.
 ///
 /// # Errors
-/// [`PredictError::Tensor`], [`PredictError::Admission`].
+/// [`PredictError::Tensor`], [`PredictError::SharedMemory`], [`PredictError::Admission`].
 pub fn admit(served: &ServedModel, request: &mut ModelInferRequest) -> Result<Admitted, PredictError> {
+    if is_used(request) {
+        return Err(SharedMemoryError::NotServed(NO_SHARED_MEMORY).into());
+    }
     let tensors = take_inputs(request)?;
     Ok(served.contract.admit(request, tensors)?)
 }

@@ -25,6 +25,7 @@ use crate::{
     },
     error::PredictError,
     metrics::ModelMetrics,
+    statistics::Pending,
 };
 
 /// What a caller says about how its request may wait.
@@ -94,6 +95,8 @@ struct Entry {
     arrived: Instant,
     /// Position among all requests of the model.
     number: u64,
+    /// Counts it while it waits.
+    pending: Option<Pending>,
     reply: Reply,
 }
 
@@ -144,7 +147,8 @@ impl ModelQueue {
             return Err(self.closed_error(closed));
         }
         let number = state.next_number;
-        let entry = Entry { admitted, arrived, number, reply };
+        let pending = Some(self.metrics.statistics.pending());
+        let entry = Entry { admitted, arrived, number, pending, reply };
         match state.line.push(waiting, entry, policy, &self.bounds) {
             Ok(()) => state.next_number += 1,
             Err((Full::Requests(requests_max), _)) => return Err(PredictError::QueueFull { model: model(), requests_max }),
@@ -263,7 +267,8 @@ impl ModelQueue {
     }
 
     /// Runs a batch and answers its requests. On the device's thread.
-    fn run_batch(&self, model: &mut dyn Model, batch: Vec<Entry>) -> Turn {
+    fn run_batch(&self, model: &mut dyn Model, mut batch: Vec<Entry>) -> Turn {
+        batch.iter_mut().for_each(|entry| entry.pending = None);
         match model.infer(&assemble(&self.contract, &admitted(&batch))) {
             Ok(outputs) => self.deliver(batch, &outputs),
             Err(EngineError::DeviceLost(why)) => return self.lose(batch, why),
@@ -301,7 +306,7 @@ impl ModelQueue {
     /// Answers each request of a batch with its share of the results.
     fn deliver(&self, batch: Vec<Entry>, outputs: &Outputs) {
         let rows: usize = batch.iter().map(|entry| entry.admitted.rows).sum();
-        self.metrics.batch(rows, outputs.timing.total());
+        self.metrics.batch(rows, &outputs.timing);
         let answers = answers(&self.contract, &admitted(&batch), outputs);
         for (entry, answer) in batch.into_iter().zip(answers) {
             let queued = outputs.timing.began.saturating_duration_since(entry.arrived);

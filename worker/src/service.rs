@@ -1,6 +1,9 @@
 //! The worker's gRPC services: decode, ask, encode. Nothing is decided here.
 mod inference;
 mod sequences;
+mod settings;
+mod shared_memory;
+mod statistics;
 mod stream;
 
 use std::{sync::Arc, time::Instant};

@@ -7,9 +7,13 @@ use cresset_core::{
     status::{ModelState, models},
 };
 use cresset_proto::{
+    answers::{
+        Server, cuda_shared_memory_status, no_cuda_shared_memory, no_shared_memory, no_statistics, no_trace_settings,
+        server_metadata,
+    },
     ids::model_version,
     inference::{grpc_inference_service_server::GrpcInferenceService, repository_index_response::ModelIndex, *},
-    model_config::metadata,
+    model_config::{effective, metadata},
     reason::Reason,
 };
 use cresset_runtime::telemetry::{continue_trace, pass_trace};
@@ -18,7 +22,7 @@ use tokio::time::{Instant, timeout_at};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{Instrument, Span};
 
-use super::{Context, deadline};
+use super::{Context, deadline, settings, statistics::Statistics};
 
 /// How long a load may take for a caller that gives no deadline.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
@@ -26,6 +30,7 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
 pub(super) struct Inference {
     pub(super) context: Arc<Context>,
     pub(super) router: Router,
+    pub(super) statistics: Statistics,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -64,6 +69,29 @@ impl Inference {
             };
             Reason::UnknownModel.status(format!("Request for unknown model: {text} is not found"))
         })
+    }
+
+    /// The GPUs where a model runs: those of one of its replicas, since all workers of a model are alike.
+    fn gpus(&self, route: &ModelRoute) -> Vec<i32> {
+        let Some(replica) = route.replicas.first() else { return vec![] };
+        let state = self.context.consensus.state();
+        let worker = state.workers.iter().find(|(id, _)| id.as_str() == replica.worker_id);
+        let devices = worker.map_or(&[][..], |(_, worker)| &worker.devices);
+        devices.iter().filter_map(|device| device.name.strip_prefix("cuda:")?.parse().ok()).collect()
+    }
+
+    /// The routes of a model, of one version of it, or of all models.
+    fn routes_of(&self, name: &str, version: &str) -> Result<Vec<Arc<ModelRoute>>, Status> {
+        if !name.is_empty() && !version.is_empty() {
+            return match self.route(name, version) {
+                Ok(route) => Ok(vec![route]),
+                Err(status) if Reason::of(&status) == Some(Reason::UnknownModel) => {
+                    Err(no_statistics(name, self.router.routes().has_model(name)))
+                }
+                Err(status) => Err(status),
+            };
+        }
+        Ok(self.router.routes().models().filter(|route| name.is_empty() || route.name == name).cloned().collect())
     }
 
     /// Waits until the router knows what this coordinator knows, so that the caller's next request finds it so.
@@ -120,13 +148,7 @@ impl GrpcInferenceService for Inference {
     }
 
     async fn server_metadata(&self, _: Request<ServerMetadataRequest>) -> Answer<ServerMetadataResponse> {
-        let extensions =
-            ["sequence", "sequence(string_id)", "model_repository", "model_configuration", "binary_tensor_data", "parameters"];
-        Ok(Response::new(ServerMetadataResponse {
-            name: "cresset".into(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            extensions: extensions.map(String::from).to_vec(),
-        }))
+        Ok(Response::new(server_metadata(Server::Coordinator, env!("CARGO_PKG_VERSION"))))
     }
 
     async fn model_metadata(&self, request: Request<ModelMetadataRequest>) -> Answer<ModelMetadataResponse> {
@@ -155,7 +177,7 @@ impl GrpcInferenceService for Inference {
     async fn model_config(&self, request: Request<ModelConfigRequest>) -> Answer<ModelConfigResponse> {
         let ModelConfigRequest { name, version } = request.into_inner();
         let route = self.route(&name, &version)?;
-        Ok(Response::new(ModelConfigResponse { config: Some(ModelConfig::clone(&route.config)) }))
+        Ok(Response::new(ModelConfigResponse { config: Some(effective(&route.config, &self.gpus(&route))) }))
     }
 
     async fn repository_index(&self, request: Request<RepositoryIndexRequest>) -> Answer<RepositoryIndexResponse> {
@@ -219,57 +241,64 @@ impl GrpcInferenceService for Inference {
         Ok(Response::new(RepositoryModelUnloadResponse {}))
     }
 
-    async fn model_statistics(&self, _: Request<ModelStatisticsRequest>) -> Answer<ModelStatisticsResponse> {
-        not_yet("ModelStatistics")
+    async fn model_statistics(&self, request: Request<ModelStatisticsRequest>) -> Answer<ModelStatisticsResponse> {
+        let ModelStatisticsRequest { name, version } = request.into_inner();
+        let models = self.routes_of(&name, &version)?;
+        self.statistics.of(&name, &models, &self.router).await.map(Response::new)
     }
 
     async fn system_shared_memory_status(
         &self,
         _: Request<SystemSharedMemoryStatusRequest>,
     ) -> Answer<SystemSharedMemoryStatusResponse> {
-        not_yet("system shared memory")
+        Err(no_shared_memory())
     }
 
     async fn system_shared_memory_register(
         &self,
         _: Request<SystemSharedMemoryRegisterRequest>,
     ) -> Answer<SystemSharedMemoryRegisterResponse> {
-        not_yet("system shared memory")
+        Err(no_shared_memory())
     }
 
     async fn system_shared_memory_unregister(
         &self,
         _: Request<SystemSharedMemoryUnregisterRequest>,
     ) -> Answer<SystemSharedMemoryUnregisterResponse> {
-        not_yet("system shared memory")
+        Err(no_shared_memory())
     }
 
     async fn cuda_shared_memory_status(
         &self,
-        _: Request<CudaSharedMemoryStatusRequest>,
+        request: Request<CudaSharedMemoryStatusRequest>,
     ) -> Answer<CudaSharedMemoryStatusResponse> {
-        not_yet("CUDA shared memory")
+        cuda_shared_memory_status(&request.get_ref().name).map(Response::new)
     }
 
     async fn cuda_shared_memory_register(
         &self,
         _: Request<CudaSharedMemoryRegisterRequest>,
     ) -> Answer<CudaSharedMemoryRegisterResponse> {
-        not_yet("CUDA shared memory")
+        Err(no_cuda_shared_memory())
     }
 
+    /// Clients clean up before they begin: there is nothing to do, and that is done.
     async fn cuda_shared_memory_unregister(
         &self,
         _: Request<CudaSharedMemoryUnregisterRequest>,
     ) -> Answer<CudaSharedMemoryUnregisterResponse> {
-        not_yet("CUDA shared memory")
+        Ok(Response::new(CudaSharedMemoryUnregisterResponse {}))
     }
 
-    async fn trace_setting(&self, _: Request<TraceSettingRequest>) -> Answer<TraceSettingResponse> {
-        not_yet("TraceSetting")
+    async fn trace_setting(&self, request: Request<TraceSettingRequest>) -> Answer<TraceSettingResponse> {
+        let model = &request.get_ref().model_name;
+        if !model.is_empty() && !self.router.routes().has_model(model) {
+            return Err(no_trace_settings(model));
+        }
+        settings::trace(request.get_ref()).map(Response::new)
     }
 
-    async fn log_settings(&self, _: Request<LogSettingsRequest>) -> Answer<LogSettingsResponse> {
-        not_yet("LogSettings")
+    async fn log_settings(&self, request: Request<LogSettingsRequest>) -> Answer<LogSettingsResponse> {
+        settings::log(request.get_ref()).map(Response::new)
     }
 }

@@ -1,8 +1,12 @@
 //! Logs, traces and trace context, set up in one place.
 //!
 //! Spans go to an OTLP collector over gRPC when `OTEL_EXPORTER_OTLP_ENDPOINT` is set, from a thread of their own: a
-//! collector that is slow or gone costs spans, never a request. Logs go to standard error.
-use std::{env, time::Duration};
+//! collector that is slow or gone costs spans, never a request. Logs go to standard error. Which requests are traced and
+//! what is logged can be changed while the process runs: [`controls`].
+mod logs;
+mod sampling;
+
+use std::{env, sync::OnceLock, time::Duration};
 
 use opentelemetry::{
     global,
@@ -11,10 +15,17 @@ use opentelemetry::{
 };
 use opentelemetry_otlp::WithExportConfig;
 use opentelemetry_sdk::{Resource, propagation::TraceContextPropagator, trace::SdkTracerProvider};
+use parking_lot::Mutex;
 use tonic::metadata::{KeyRef, MetadataKey, MetadataMap, MetadataValue};
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt, util::SubscriberInitExt};
+
+pub use self::{logs::LogLevels, sampling::Sampling};
+use self::{
+    logs::{LogFilter, Switches},
+    sampling::Sampler,
+};
 
 /// How long an export may take, in seconds, before its spans are given up.
 const EXPORT_TIMEOUT_SECONDS: u64 = 5;
@@ -49,23 +60,99 @@ pub struct Telemetry {
 pub fn start(service: &'static str, instance: &str, log_filter: &str) -> Result<Telemetry, Error> {
     let filter = EnvFilter::try_new(log_filter).map_err(|source| Error::Filter { filter: log_filter.to_owned(), source })?;
     global::set_text_map_propagator(TraceContextPropagator::new());
-    let provider = match env::var("OTEL_EXPORTER_OTLP_ENDPOINT") {
-        Ok(endpoint) if !endpoint.is_empty() => Some(exporter(service, instance)?),
-        _ => None,
-    };
+    let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
+    let exports = variable("OTEL_EXPORTER_OTLP_ENDPOINT").is_some();
+    let asked = Sampling::from_env(variable("OTEL_TRACES_SAMPLER").as_deref(), variable("OTEL_TRACES_SAMPLER_ARG").as_deref());
+    let start = Sampling { on: exports && asked.on, ..asked };
+    let sampler = Sampler::new(start);
+    let provider = if exports { Some(exporter(service, instance, sampler.clone())?) } else { None };
     // Without an exporter there is still a tracer, so that a caller's trace context is passed on.
     let tracer = match &provider {
         Some(provider) => provider.tracer("cresset"),
         None => SdkTracerProvider::builder().build().tracer("cresset"),
     };
+    let (filter, switches) = LogFilter::new(filter);
     let logs =
         tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(true).with_filter(filter);
     let traces = tracing_opentelemetry::layer().with_tracer(tracer).with_filter(trace_filter());
     // Tests start several parts of a cluster in one process: the first set-up stays.
     if tracing_subscriber::registry().with(logs).with(traces).try_init().is_err() {
         tracing::debug!("telemetry is already set up");
+    } else {
+        // Nobody else can have set it: only one subscriber is ever installed.
+        let _ = CONTROLS.set(Controls { switches, sampler, start, exports, changing: Mutex::new(()) });
     }
     Ok(Telemetry { provider })
+}
+
+static CONTROLS: OnceLock<Controls> = OnceLock::new();
+
+/// What can be changed while the process runs; `None` before [`start`].
+pub fn controls() -> Option<&'static Controls> {
+    CONTROLS.get()
+}
+
+/// The switches of a process's telemetry.
+#[derive(Debug)]
+pub struct Controls {
+    switches: Switches,
+    sampler: Sampler,
+    start: Sampling,
+    exports: bool,
+    /// Held while somebody changes something, so that two at once don't undo each other.
+    changing: Mutex<()>,
+}
+
+impl Controls {
+    /// What goes into the log.
+    pub fn log_levels(&self) -> LogLevels {
+        self.switches.now()
+    }
+
+    /// Changes what goes into the log, and says what it is then. Details beyond what the process was started with are
+    /// those of our own crates.
+    ///
+    /// # Errors
+    /// Those of `change`; nothing is changed then.
+    pub fn change_log_levels<E>(&self, change: impl FnOnce(LogLevels) -> Result<LogLevels, E>) -> Result<LogLevels, E> {
+        let _alone = self.changing.lock();
+        let (before, after) = (self.log_levels(), change(self.log_levels())?);
+        if after != before {
+            tracing::info!(?before, ?after, "log levels change");
+            self.switches.set(after);
+        }
+        Ok(after)
+    }
+
+    /// Which requests are traced.
+    pub fn sampling(&self) -> Sampling {
+        self.sampler.now()
+    }
+
+    /// Which requests were traced when the process started.
+    pub fn sampling_at_start(&self) -> Sampling {
+        self.start
+    }
+
+    /// Whether traces go anywhere: a collector was named when the process started.
+    pub fn exports_traces(&self) -> bool {
+        self.exports
+    }
+
+    /// Changes which requests are traced, and says which are then.
+    ///
+    /// # Errors
+    /// Those of `change`; nothing is changed then.
+    pub fn change_sampling<E>(&self, change: impl FnOnce(Sampling) -> Result<Sampling, E>) -> Result<Sampling, E> {
+        let _alone = self.changing.lock();
+        let before = self.sampling();
+        let after = change(before)?;
+        if after != before {
+            tracing::info!(?before, ?after, "sampling of traces changes");
+            self.sampler.change(before, after);
+        }
+        Ok(after)
+    }
 }
 
 /// Spans of our own crates only: those of the HTTP library would drown them.
@@ -73,7 +160,7 @@ fn trace_filter() -> EnvFilter {
     EnvFilter::new("off,cresset=info,cresset_client=info,cresset_coordinator=info,cresset_worker=info,cresset_tests=info")
 }
 
-fn exporter(service: &'static str, instance: &str) -> Result<SdkTracerProvider, Error> {
+fn exporter(service: &'static str, instance: &str, sampler: Sampler) -> Result<SdkTracerProvider, Error> {
     let exporter = opentelemetry_otlp::SpanExporter::builder()
         .with_tonic()
         .with_timeout(Duration::from_secs(EXPORT_TIMEOUT_SECONDS))
@@ -82,7 +169,7 @@ fn exporter(service: &'static str, instance: &str) -> Result<SdkTracerProvider, 
         .with_service_name(service)
         .with_attribute(opentelemetry::KeyValue::new("service.instance.id", instance.to_owned()))
         .build();
-    Ok(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build())
+    Ok(SdkTracerProvider::builder().with_sampler(sampler).with_batch_exporter(exporter).with_resource(resource).build())
 }
 
 impl Drop for Telemetry {

@@ -103,7 +103,7 @@ async fn step_inside(
         (slot.step(sequence, inputs).await.map_err(failed)?, None)
     };
     let Outputs { tensors, timing } = outputs;
-    metrics.batch(1, timing.total());
+    metrics.batch(1, &timing);
     let checkpoint = match checkpoint {
         Some(Ok(checkpoint)) => Some(checkpoint),
         Some(Err(error)) => {

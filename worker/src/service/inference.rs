@@ -3,17 +3,18 @@ use std::{pin::Pin, sync::Arc};
 
 use cresset_client::predict::until_end;
 use cresset_proto::{
+    answers::{Server, cuda_shared_memory_status, no_cuda_shared_memory, no_trace_settings, server_metadata},
     fleet::v1::ReplicaState,
     inference::{grpc_inference_service_server::GrpcInferenceService, repository_index_response::ModelIndex, *},
-    model_config::metadata,
+    model_config::{effective, metadata},
     reason::Reason,
 };
 use cresset_runtime::telemetry::continue_trace;
 use futures::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{deadline, fence, stream};
-use crate::predict::Worker;
+use super::{deadline, fence, settings, shared_memory, stream};
+use crate::{engine::Device, predict::Worker};
 
 pub(super) struct Inference {
     pub(super) worker: Arc<Worker>,
@@ -21,9 +22,9 @@ pub(super) struct Inference {
 
 type Answer<T> = Result<Response<T>, Status>;
 
-/// For calls that a later version serves.
-fn not_yet<T>(what: &str) -> Answer<T> {
-    Err(Reason::Unsupported.status(format!("{what} is not supported by this server")))
+/// Models are placed by the cluster: a worker that loaded one on its own would unload it again at the next word from the leader.
+fn not_here<T>(what: &str) -> Answer<T> {
+    Err(Reason::Unsupported.status(format!("{what} a model on one worker is not supported by this server: ask a coordinator")))
 }
 
 #[tonic::async_trait]
@@ -47,13 +48,7 @@ impl GrpcInferenceService for Inference {
     }
 
     async fn server_metadata(&self, _: Request<ServerMetadataRequest>) -> Answer<ServerMetadataResponse> {
-        Ok(Response::new(ServerMetadataResponse {
-            name: "cresset".into(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            extensions: ["sequence", "sequence(string_id)", "model_configuration", "binary_tensor_data", "parameters"]
-                .map(String::from)
-                .to_vec(),
-        }))
+        Ok(Response::new(server_metadata(Server::Worker, env!("CARGO_PKG_VERSION"))))
     }
 
     async fn model_metadata(&self, request: Request<ModelMetadataRequest>) -> Answer<ModelMetadataResponse> {
@@ -65,9 +60,11 @@ impl GrpcInferenceService for Inference {
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Answer<ModelInferResponse> {
         fence(&self.worker, request.metadata()).map_err(|error| error.status())?;
         let deadline = deadline(request.metadata());
+        let is_here = shared_memory::is_here(request.extensions());
         let span = self.worker.span(request.get_ref());
         continue_trace(&span, request.metadata());
-        let answer = self.worker.begin(request.into_inner(), deadline, span).await;
+        let request = shared_memory::checked(request.into_inner(), is_here)?;
+        let answer = self.worker.begin(request, deadline, span).await;
         answer.map(Response::new).map_err(|error| error.status())
     }
 
@@ -76,14 +73,20 @@ impl GrpcInferenceService for Inference {
     async fn model_stream_infer(&self, request: Request<Streaming<ModelInferRequest>>) -> Answer<Self::ModelStreamInferStream> {
         let deadline = deadline(request.metadata());
         let metadata = request.metadata().clone();
-        let responses = stream::answers(Arc::clone(&self.worker), metadata, request.into_inner());
+        let is_here = shared_memory::is_here(request.extensions());
+        let responses = stream::answers(Arc::clone(&self.worker), metadata, is_here, request.into_inner());
         Ok(Response::new(Box::pin(until_end(responses, deadline.map(Into::into)))))
     }
 
     async fn model_config(&self, request: Request<ModelConfigRequest>) -> Answer<ModelConfigResponse> {
         let ModelConfigRequest { name, version } = request.into_inner();
         let served = self.worker.models.find(&name, &version).map_err(|error| error.status())?;
-        Ok(Response::new(ModelConfigResponse { config: Some(served.config.clone()) }))
+        let gpu = |device: &Device| match device {
+            Device::Cpu => None,
+            Device::Cuda(ordinal) => i32::try_from(*ordinal).ok(),
+        };
+        let gpus: Vec<i32> = served.devices.iter().filter_map(gpu).collect();
+        Ok(Response::new(ModelConfigResponse { config: Some(effective(&served.config, &gpus)) }))
     }
 
     async fn repository_index(&self, request: Request<RepositoryIndexRequest>) -> Answer<RepositoryIndexResponse> {
@@ -102,64 +105,75 @@ impl GrpcInferenceService for Inference {
     }
 
     async fn repository_model_load(&self, _: Request<RepositoryModelLoadRequest>) -> Answer<RepositoryModelLoadResponse> {
-        not_yet("loading a model on one worker; ask a coordinator, which")
+        not_here("loading")
     }
 
     async fn repository_model_unload(&self, _: Request<RepositoryModelUnloadRequest>) -> Answer<RepositoryModelUnloadResponse> {
-        not_yet("unloading a model on one worker; ask a coordinator, which")
+        not_here("unloading")
     }
 
-    async fn model_statistics(&self, _: Request<ModelStatisticsRequest>) -> Answer<ModelStatisticsResponse> {
-        not_yet("ModelStatistics")
+    async fn model_statistics(&self, request: Request<ModelStatisticsRequest>) -> Answer<ModelStatisticsResponse> {
+        let ModelStatisticsRequest { name, version } = request.into_inner();
+        self.worker.statistics(&name, &version).map(Response::new)
     }
 
     async fn system_shared_memory_status(
         &self,
-        _: Request<SystemSharedMemoryStatusRequest>,
+        request: Request<SystemSharedMemoryStatusRequest>,
     ) -> Answer<SystemSharedMemoryStatusResponse> {
-        not_yet("system shared memory")
+        shared_memory::only_here(request.extensions())?;
+        shared_memory::status(&self.worker.shared_memory, &request.get_ref().name).map(Response::new)
     }
 
     async fn system_shared_memory_register(
         &self,
-        _: Request<SystemSharedMemoryRegisterRequest>,
+        request: Request<SystemSharedMemoryRegisterRequest>,
     ) -> Answer<SystemSharedMemoryRegisterResponse> {
-        not_yet("system shared memory")
+        shared_memory::only_here(request.extensions())?;
+        shared_memory::register(&self.worker.shared_memory, request)?;
+        Ok(Response::new(SystemSharedMemoryRegisterResponse {}))
     }
 
     async fn system_shared_memory_unregister(
         &self,
-        _: Request<SystemSharedMemoryUnregisterRequest>,
+        request: Request<SystemSharedMemoryUnregisterRequest>,
     ) -> Answer<SystemSharedMemoryUnregisterResponse> {
-        not_yet("system shared memory")
+        shared_memory::only_here(request.extensions())?;
+        self.worker.shared_memory.unregister(&request.get_ref().name);
+        Ok(Response::new(SystemSharedMemoryUnregisterResponse {}))
     }
 
     async fn cuda_shared_memory_status(
         &self,
-        _: Request<CudaSharedMemoryStatusRequest>,
+        request: Request<CudaSharedMemoryStatusRequest>,
     ) -> Answer<CudaSharedMemoryStatusResponse> {
-        not_yet("CUDA shared memory")
+        cuda_shared_memory_status(&request.get_ref().name).map(Response::new)
     }
 
     async fn cuda_shared_memory_register(
         &self,
         _: Request<CudaSharedMemoryRegisterRequest>,
     ) -> Answer<CudaSharedMemoryRegisterResponse> {
-        not_yet("CUDA shared memory")
+        Err(no_cuda_shared_memory())
     }
 
+    /// Clients clean up before they begin: there is nothing to do, and that is done.
     async fn cuda_shared_memory_unregister(
         &self,
         _: Request<CudaSharedMemoryUnregisterRequest>,
     ) -> Answer<CudaSharedMemoryUnregisterResponse> {
-        not_yet("CUDA shared memory")
+        Ok(Response::new(CudaSharedMemoryUnregisterResponse {}))
     }
 
-    async fn trace_setting(&self, _: Request<TraceSettingRequest>) -> Answer<TraceSettingResponse> {
-        not_yet("TraceSetting")
+    async fn trace_setting(&self, request: Request<TraceSettingRequest>) -> Answer<TraceSettingResponse> {
+        let model = &request.get_ref().model_name;
+        if !model.is_empty() && self.worker.models.find(model, "").is_err() {
+            return Err(no_trace_settings(model));
+        }
+        settings::trace(request.get_ref()).map(Response::new)
     }
 
-    async fn log_settings(&self, _: Request<LogSettingsRequest>) -> Answer<LogSettingsResponse> {
-        not_yet("LogSettings")
+    async fn log_settings(&self, request: Request<LogSettingsRequest>) -> Answer<LogSettingsResponse> {
+        settings::log(request.get_ref()).map(Response::new)
     }
 }

@@ -129,6 +129,8 @@ async fn answer(worker: &Arc<Worker>, served: &ServedModel, live: &mut LiveSeque
             let standing = Standing { id: &id, start: parameters.sequence_start, end: parameters.sequence_end };
             let terms = Terms { priority: parameters.priority, timeout_us: parameters.timeout_us, deadline: None };
             let stepped = live.step(admitted, standing, terms, step.want_checkpoint).await;
+            let times = stepped.as_ref().map(|stepped| (stepped.queued, stepped.timing)).map_err(|failed| &failed.error);
+            served.metrics.ended(1, begun.elapsed(), times);
             stepped.map_err(|failed| (failed.error, failed.state_intact))
         }
         Err(error) => Err((error, true)),

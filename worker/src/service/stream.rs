@@ -18,7 +18,7 @@ use futures::{
 use tokio_stream::StreamMap;
 use tonic::{Status, metadata::MetadataMap};
 
-use super::fence;
+use super::{fence, shared_memory};
 use crate::{
     error::PredictError,
     predict::{Begun, Worker},
@@ -33,12 +33,14 @@ type Item = Result<ModelStreamInferResponse, Status>;
 pub(super) fn answers(
     worker: Arc<Worker>,
     metadata: MetadataMap,
+    is_here: bool,
     requests: impl Stream<Item = Result<ModelInferRequest, Status>> + Send + 'static,
 ) -> impl Stream<Item = Item> + Send {
     let strict = metadata.get("triton_grpc_error").is_some_and(|value| value == "true");
     let lane = Lanes {
         worker,
         metadata,
+        is_here,
         strict,
         requests: requests.boxed(),
         reading: true,
@@ -62,6 +64,8 @@ pub(super) fn answers(
 struct Lanes {
     worker: Arc<Worker>,
     metadata: MetadataMap,
+    /// The caller is on this host, and may share memory with the worker.
+    is_here: bool,
     strict: bool,
     requests: BoxStream<'static, Result<ModelInferRequest, Status>>,
     reading: bool,
@@ -101,6 +105,7 @@ impl Lanes {
 
     /// Requests enter their lines here, in the order of the stream.
     fn begin(&mut self, request: ModelInferRequest) -> Result<(), Status> {
+        let request = shared_memory::checked(request, self.is_here)?;
         // A worker that goes away ends its streams: what was taken is answered, the next request moves.
         fence(&self.worker, &self.metadata).map_err(|error| error.status())?;
         let span = self.worker.span(&request);
