@@ -80,7 +80,7 @@ impl Reference {
     /// The engine's.
     pub fn infer(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
         let outputs = self.model.infer(&parts(inputs))?;
-        Ok(named(&self.config, outputs))
+        Ok(named(&self.config, outputs.tensors))
     }
 
     /// A new sequence.
@@ -99,7 +99,7 @@ impl ReferenceSequence {
     /// The engine's.
     pub fn step(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
         let outputs = self.sequence.step(&parts(inputs))?;
-        Ok(named(&self.config, outputs))
+        Ok(named(&self.config, outputs.tensors))
     }
 }
 

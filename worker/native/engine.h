@@ -116,6 +116,8 @@ int32_t crst_sequence_checkpoint(crst_sequence* sequence, char** data, size_t* l
 int32_t crst_sequence_restore(crst_sequence* sequence, const uint8_t* data, size_t length, crst_error* error);
 
 size_t crst_results_count(const crst_results* results);
+// How long the inputs took to become tensors on the device, and how long the module ran.
+void crst_results_times(const crst_results* results, uint64_t* input_ns, uint64_t* infer_ns);
 void crst_results_view(const crst_results* results, size_t index, crst_view* view);
 // The tensor of `index`, whose data pointer stays the one that the view gave.
 crst_tensor* crst_results_take(crst_results* results, size_t index);

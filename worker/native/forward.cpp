@@ -4,6 +4,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
 
+#include <chrono>
+
 #include "common.h"
 
 struct crst_tensor {
@@ -16,6 +18,8 @@ struct crst_results {
     std::string name;
   };
   std::vector<Result> results;
+  uint64_t input_ns = 0;
+  uint64_t infer_ns = 0;
 };
 
 namespace crst {
@@ -29,6 +33,12 @@ static_assert(static_cast<int>(at::kFloat) == 6 && static_cast<int>(at::kDouble)
 static_assert(static_cast<int>(at::kBool) == 11 && static_cast<int>(at::kBFloat16) == 15);
 static_assert(static_cast<int>(at::kUInt16) == 27 && static_cast<int>(at::kUInt32) == 28);
 static_assert(static_cast<int>(at::kUInt64) == 29);
+
+using Clock = std::chrono::steady_clock;
+
+uint64_t nanoseconds(Clock::duration duration) {
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(duration).count());
+}
 
 at::Tensor assemble(const crst_input& input, at::Device device) {
   auto type = static_cast<at::ScalarType>(input.scalar_type);
@@ -132,6 +142,7 @@ crst_results* run(Instance& instance, const Plan& plan, at::Device device, const
     on_device.reset_device(device);
   }
   auto results = std::make_unique<crst_results>();
+  auto began = Clock::now();
   {
     std::vector<IValue> stack;
     stack.reserve(plan.arguments.size() + 1);
@@ -148,7 +159,10 @@ crst_results* run(Instance& instance, const Plan& plan, at::Device device, const
         stack.push_back(argument.value);
       }
     }
+    auto assembled = Clock::now();
     IValue returned = instance.forward(std::move(stack));
+    results->input_ns = nanoseconds(assembled - began);
+    results->infer_ns = nanoseconds(Clock::now() - assembled);
     flatten(std::move(returned), "", results->results, 0);
   }
   for (auto& result : results->results) {
@@ -221,6 +235,11 @@ int32_t crst_sequence_restore(crst_sequence* sequence, const uint8_t* data, size
 }
 
 size_t crst_results_count(const crst_results* results) { return results->results.size(); }
+
+void crst_results_times(const crst_results* results, uint64_t* input_ns, uint64_t* infer_ns) {
+  *input_ns = results->input_ns;
+  *infer_ns = results->infer_ns;
+}
 
 void crst_results_view(const crst_results* results, size_t index, crst_view* view) {
   const auto& result = results->results[index];

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Device, EngineError, InputParts, Model, OutputTensor, SequenceModel, Signature, short_message};
+use super::{Device, EngineError, InputParts, Model, Outputs, SequenceModel, Signature, short_message};
 
 /// Jobs that are ready while one runs.
 const READY_JOBS_MAX: usize = 1;
@@ -156,7 +156,7 @@ pub struct Slot {
 
 impl Slot {
     /// As [`Model::infer`]. If the answer is dropped before the job begins, it is not run.
-    pub fn infer(self, model: &PlacedModel, inputs: Vec<InputParts>) -> Answer<Vec<OutputTensor>> {
+    pub fn infer(self, model: &PlacedModel, inputs: Vec<InputParts>) -> Answer<Outputs> {
         let kept = Arc::clone(&model.model);
         self.submit(IfAbandoned::Skip, move || kept.with(|model| model.infer(&inputs)))
     }
@@ -172,7 +172,7 @@ impl Slot {
 
     /// As [`SequenceModel::step`]. It runs even if the answer is dropped: the sequence's next step
     /// has to find this one done.
-    pub fn step(self, sequence: &PlacedSequence, inputs: Vec<InputParts>) -> Answer<Vec<OutputTensor>> {
+    pub fn step(self, sequence: &PlacedSequence, inputs: Vec<InputParts>) -> Answer<Outputs> {
         let kept = Arc::clone(&sequence.sequence);
         self.submit(IfAbandoned::Run, move || kept.with(|sequence| sequence.step(&inputs)))
     }
@@ -233,7 +233,7 @@ enum IfAbandoned {
 #[derive(Debug)]
 pub struct SteppedAndSaved {
     /// The outputs of the step.
-    pub outputs: Vec<OutputTensor>,
+    pub outputs: Outputs,
     /// The state after it; an error here leaves the step valid.
     pub checkpoint: Result<Bytes, EngineError>,
 }
@@ -290,7 +290,7 @@ impl PlacedModel {
     ///
     /// # Errors
     /// As [`Model::infer`].
-    pub async fn infer(&self, inputs: Vec<InputParts>) -> Result<Vec<OutputTensor>, EngineError> {
+    pub async fn infer(&self, inputs: Vec<InputParts>) -> Result<Outputs, EngineError> {
         self.thread.slot().await?.infer(self, inputs).await
     }
 
@@ -319,7 +319,7 @@ impl PlacedSequence {
     ///
     /// # Errors
     /// As [`SequenceModel::step`].
-    pub async fn step(&self, inputs: Vec<InputParts>) -> Result<Vec<OutputTensor>, EngineError> {
+    pub async fn step(&self, inputs: Vec<InputParts>) -> Result<Outputs, EngineError> {
         self.thread.slot().await?.step(self, inputs).await
     }
 

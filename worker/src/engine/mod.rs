@@ -9,6 +9,7 @@
 //! deciding which models keep state, and downloading.
 
 pub mod archive;
+mod call;
 pub mod cuda;
 pub mod device;
 mod error;
@@ -23,6 +24,7 @@ use std::path::PathBuf;
 use bytes::Bytes;
 pub use cresset_proto::tensor::Datatype;
 
+pub use self::call::{InputParts, OutputTensor, Outputs, Timing};
 pub use self::error::{EngineError, MESSAGE_BYTES_MAX, short_message};
 pub use self::signature::{Argument, ArgumentKind, Signature};
 pub use self::torch::{TorchEngine, set_threads};
@@ -111,28 +113,6 @@ pub struct LoadSpec {
     pub outputs: Vec<OutputBinding>,
 }
 
-/// One input of a call: the parts that, one after the other, are the whole tensor.
-#[derive(Clone, Debug)]
-pub struct InputParts {
-    /// The type of the elements.
-    pub datatype: Datatype,
-    /// The shape of the whole, after concatenation along the first dimension.
-    pub shape: Vec<i64>,
-    /// Row-major little-endian bytes, one entry for each request of the batch (or just one).
-    pub parts: Vec<Bytes>,
-}
-
-/// One output of a call.
-#[derive(Clone, Debug)]
-pub struct OutputTensor {
-    /// The type of the elements.
-    pub datatype: Datatype,
-    /// The dimensions.
-    pub shape: Vec<i64>,
-    /// Row-major little-endian bytes; they are the result's own memory, nothing was copied.
-    pub data: Bytes,
-}
-
 /// Loads models. One for a process is enough; it may be shared between threads.
 pub trait Engine: Send + Sync {
     /// Loads a model and checks that its arguments fit. Slow (it reads the whole file): call it from
@@ -155,7 +135,7 @@ pub trait Model: Send {
     /// # Errors
     /// [`EngineError::BadInput`] for inputs that don't fit, [`EngineError::Failed`] for what the
     /// module raised, [`EngineError::OutOfMemory`], [`EngineError::DeviceLost`].
-    fn infer(&mut self, inputs: &[InputParts]) -> Result<Vec<OutputTensor>, EngineError>;
+    fn infer(&mut self, inputs: &[InputParts]) -> Result<Outputs, EngineError>;
 
     /// A copy in the state in which the file left it. The weights are shared, so it is cheap.
     ///
@@ -177,7 +157,7 @@ pub trait SequenceModel: Send {
     /// # Errors
     /// As [`Model::infer`]. After an error the state may be anything between before and after the
     /// step: continue from a checkpoint.
-    fn step(&mut self, inputs: &[InputParts]) -> Result<Vec<OutputTensor>, EngineError>;
+    fn step(&mut self, inputs: &[InputParts]) -> Result<Outputs, EngineError>;
 
     /// The state as bytes. The same state gives the same bytes.
     ///

@@ -8,6 +8,8 @@ mod checkpoint;
 mod ffi;
 mod native;
 
+use std::time::Instant;
+
 use bytes::Bytes;
 
 use self::native::{Module, Results};
@@ -15,7 +17,8 @@ pub(super) use self::native::{cuda_load, cuda_memory, testing_save};
 use super::error::{short_message, short_message_about};
 use super::signature::{self, Argument, ArgumentKind, Signature};
 use super::{
-    Datatype, Engine, EngineError, InputBinding, InputParts, LoadSpec, Model, OutputBinding, OutputTensor, SequenceModel, archive,
+    Datatype, Engine, EngineError, InputBinding, InputParts, LoadSpec, Model, OutputBinding, OutputTensor, Outputs,
+    SequenceModel, Timing, archive,
 };
 
 /// libtorch, linked for the CPU; [`super::cuda::load`] adds GPUs.
@@ -72,10 +75,11 @@ struct TorchModel {
 }
 
 impl Model for TorchModel {
-    fn infer(&mut self, inputs: &[InputParts]) -> Result<Vec<OutputTensor>, EngineError> {
+    fn infer(&mut self, inputs: &[InputParts]) -> Result<Outputs, EngineError> {
+        let began = Instant::now();
         self.shape_of_calls.check(inputs)?;
         let results = self.module.forward(inputs).map_err(native::Refusal::into_error)?;
-        self.shape_of_calls.outputs(results)
+        self.shape_of_calls.outputs(results, began)
     }
 
     fn open_sequence(&mut self) -> Result<Box<dyn SequenceModel>, EngineError> {
@@ -103,10 +107,11 @@ struct TorchSequence {
 }
 
 impl SequenceModel for TorchSequence {
-    fn step(&mut self, inputs: &[InputParts]) -> Result<Vec<OutputTensor>, EngineError> {
+    fn step(&mut self, inputs: &[InputParts]) -> Result<Outputs, EngineError> {
+        let began = Instant::now();
         self.shape_of_calls.check(inputs)?;
         let results = self.sequence.step(inputs).map_err(native::Refusal::into_error)?;
-        self.shape_of_calls.outputs(results)
+        self.shape_of_calls.outputs(results, began)
     }
 
     fn checkpoint(&mut self) -> Result<Bytes, EngineError> {
@@ -143,7 +148,8 @@ impl CallShape {
         Ok(())
     }
 
-    fn outputs(&self, mut results: Results) -> Result<Vec<OutputTensor>, EngineError> {
+    fn outputs(&self, mut results: Results, began: Instant) -> Result<Outputs, EngineError> {
+        let (input, infer) = results.times();
         let fail = |why: String| EngineError::Failed(short_message(&why));
         let views: Vec<_> = (0..results.len()).map(|index| results.view(index)).collect();
         let names: Vec<&str> = views.iter().map(|view| view.name.as_str()).collect();
@@ -169,7 +175,7 @@ impl CallShape {
             };
             outputs.push(OutputTensor { datatype, shape: view.shape.clone(), data });
         }
-        Ok(outputs)
+        Ok(Outputs { tensors: outputs, timing: Timing::ending_now(began, input, infer) })
     }
 }
 

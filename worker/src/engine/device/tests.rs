@@ -4,9 +4,13 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::*;
-use crate::engine::Datatype;
+use crate::engine::{Datatype, OutputTensor, Timing};
 
-type Behaviour = Box<dyn FnMut(&[InputParts]) -> Result<Vec<OutputTensor>, EngineError> + Send>;
+type Behaviour = Box<dyn FnMut(&[InputParts]) -> Result<Outputs, EngineError> + Send>;
+
+fn outputs(tensors: Vec<OutputTensor>) -> Outputs {
+    Outputs { tensors, timing: Timing::of_model(Instant::now()) }
+}
 
 struct Fake {
     behaviour: Behaviour,
@@ -15,13 +19,13 @@ struct Fake {
 }
 
 impl Fake {
-    fn new(behaviour: impl FnMut(&[InputParts]) -> Result<Vec<OutputTensor>, EngineError> + Send + 'static) -> Box<Self> {
+    fn new(behaviour: impl FnMut(&[InputParts]) -> Result<Outputs, EngineError> + Send + 'static) -> Box<Self> {
         Box::new(Self { behaviour: Box::new(behaviour), signature: Signature::default(), freed: None })
     }
 }
 
 impl Model for Fake {
-    fn infer(&mut self, inputs: &[InputParts]) -> Result<Vec<OutputTensor>, EngineError> {
+    fn infer(&mut self, inputs: &[InputParts]) -> Result<Outputs, EngineError> {
         (self.behaviour)(inputs)
     }
 
@@ -50,9 +54,9 @@ impl Drop for Fake {
 struct Count(u8);
 
 impl SequenceModel for Count {
-    fn step(&mut self, _: &[InputParts]) -> Result<Vec<OutputTensor>, EngineError> {
+    fn step(&mut self, _: &[InputParts]) -> Result<Outputs, EngineError> {
         self.0 += 1;
-        Ok(vec![OutputTensor { datatype: Datatype::Uint8, shape: vec![1], data: vec![self.0].into() }])
+        Ok(outputs(vec![OutputTensor { datatype: Datatype::Uint8, shape: vec![1], data: vec![self.0].into() }]))
     }
 
     fn checkpoint(&mut self) -> Result<Bytes, EngineError> {
@@ -76,7 +80,7 @@ fn gated() -> (Box<Fake>, Receiver<()>, Sender<()>) {
     let model = Fake::new(move |_| {
         began.send(()).expect("the test waits");
         gate.recv().expect("the test lets go");
-        Ok(Vec::new())
+        Ok(outputs(Vec::new()))
     });
     (model, begun, go)
 }
@@ -86,10 +90,10 @@ async fn jobs_run_on_the_devices_thread_in_turn() {
     let thread = spawn();
     let model = thread.place(Fake::new(|_| {
         let name = std::thread::current().name().unwrap_or_default().as_bytes().to_vec();
-        Ok(vec![OutputTensor { datatype: Datatype::Uint8, shape: vec![10], data: name.into() }])
+        Ok(outputs(vec![OutputTensor { datatype: Datatype::Uint8, shape: vec![10], data: name.into() }]))
     }));
-    let outputs = model.infer(Vec::new()).await.expect("it runs");
-    assert_eq!(&outputs[0].data[..], b"engine-cpu");
+    let answer = model.infer(Vec::new()).await.expect("it runs");
+    assert_eq!(&answer[0].data[..], b"engine-cpu");
     assert_eq!(model.memory_bytes(), 42);
     let sequence = model.open_sequence().await.expect("opened");
     assert_eq!(sequence.step(Vec::new()).await.expect("it runs")[0].data[..], [1]);
@@ -132,7 +136,7 @@ async fn an_abandoned_prediction_is_not_run_but_an_abandoned_step_is() {
     let counter = Arc::clone(&ran);
     let model = thread.place(Fake::new(move |_| {
         counter.fetch_add(1, Ordering::SeqCst);
-        Ok(Vec::new())
+        Ok(outputs(Vec::new()))
     }));
     let sequence = model.open_sequence().await.expect("opened");
     for round in 0..2 {
@@ -184,7 +188,7 @@ async fn an_error_of_the_model_loses_nothing_but_a_lost_device_does() {
 async fn a_model_is_freed_elsewhere_when_its_last_handle_goes() {
     let thread = spawn();
     let (freed, news) = channel();
-    let mut model = Fake::new(|_| Ok(Vec::new()));
+    let mut model = Fake::new(|_| Ok(outputs(Vec::new())));
     model.freed = Some(freed);
     let placed = thread.place(model);
     let other = placed.clone();

@@ -107,6 +107,7 @@ unsafe extern "C" {
     pub fn crst_sequence_restore(sequence: *mut Handle, data: *const u8, length: usize, error: *mut Error) -> i32;
 
     pub fn crst_results_count(results: *const Handle) -> usize;
+    pub fn crst_results_times(results: *const Handle, input_ns: *mut u64, infer_ns: *mut u64);
     pub fn crst_results_view(results: *const Handle, index: usize, view: *mut View);
     pub fn crst_results_take(results: *mut Handle, index: usize) -> *mut Handle;
     pub fn crst_results_free(results: *mut Handle);

@@ -6,6 +6,7 @@ use std::ffi::{CString, c_char};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr::NonNull;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -262,6 +263,14 @@ impl Results {
     pub fn len(&self) -> usize {
         // SAFETY: the handle is live.
         unsafe { ffi::crst_results_count(self.0.as_ptr()) }
+    }
+
+    /// How long the inputs took to become tensors, and how long the module ran.
+    pub fn times(&self) -> (Duration, Duration) {
+        let (mut input_ns, mut infer_ns) = (0, 0);
+        // SAFETY: the handle is live; the shim writes the two numbers.
+        unsafe { ffi::crst_results_times(self.0.as_ptr(), &raw mut input_ns, &raw mut infer_ns) };
+        (Duration::from_nanos(input_ns), Duration::from_nanos(infer_ns))
     }
 
     fn raw_view(&self, index: usize) -> ffi::View {

@@ -67,6 +67,15 @@ fn parts_are_laid_one_after_the_other() {
 }
 
 #[test]
+fn a_call_says_where_its_time_went() {
+    let mut model = load(&testing::slow(128, 20), &["x"], &["y"]);
+    let before = Instant::now();
+    let timing = model.infer(&[floats(&[1], &[1.0])]).expect("it runs").timing;
+    assert!(before <= timing.began && timing.total() <= before.elapsed(), "{timing:?}");
+    assert!(!timing.infer.is_zero() && timing.infer > timing.input && timing.infer > timing.output, "{timing:?}");
+}
+
+#[test]
 fn every_datatype_passes_through_unchanged() {
     for datatype in Datatype::ALL {
         let same = saved(&Script::new("def forward(self, x):\n  return x\n"));
