@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 include!("native/rpath.rs");
 
-const SOURCES: [&str; 6] = ["module.cpp", "forward.cpp", "attributes.cpp", "save.cpp", "restore.cpp", "testing.cpp"];
-const HEADERS: [&str; 4] = ["engine.h", "common.h", "attributes.h", "state.h"];
+const SOURCES: [&str; 8] =
+    ["module.cpp", "inputs.cpp", "results.cpp", "forward.cpp", "attributes.cpp", "save.cpp", "restore.cpp", "testing.cpp"];
+const HEADERS: [&str; 5] = ["engine.h", "common.h", "values.h", "attributes.h", "state.h"];
 
 fn main() {
     for arg in libtorch_link_args() {

@@ -179,6 +179,12 @@ Module copy_of(const Pristine& pristine) {
   return Module(IValue(pristine.module._ivalue()).deepcopy(memo).toObject());
 }
 
-bool weights_were_written(const Pristine& pristine) { return version_sum(pristine.weights) != pristine.weight_versions; }
+void refuse_written_weights(const Pristine& pristine) {
+  if (version_sum(pristine.weights) != pristine.weight_versions) {
+    throw Refusal{CRST_FAILED,
+                  "the module writes to its own parameters in forward, which sequences share; keep state in "
+                  "buffers or attributes"};
+  }
+}
 
 }  // namespace crst

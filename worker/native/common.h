@@ -75,7 +75,8 @@ struct Instance {
 
 std::shared_ptr<const Pristine> make_pristine(const Module& loaded, at::Device device);
 Module copy_of(const Pristine& pristine);
-bool weights_were_written(const Pristine& pristine);
+// Throws if a copy has written to the weights that all copies share.
+void refuse_written_weights(const Pristine& pristine);
 
 std::string save_state(const Module& module, const Pristine& pristine);
 // A new copy of the pristine module with the saved state in it.

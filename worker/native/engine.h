@@ -26,6 +26,7 @@ enum {
   CRST_RAISED = 3,          // the module itself raised; the text is "Class: message" or a message
   CRST_NOT_CHECKPOINTABLE = 4,
   CRST_BAD_CHECKPOINT = 5,
+  CRST_BAD_INPUT = 6,       // the bytes of an input don't fit; the text names it
 };
 
 typedef struct crst_error {
@@ -49,7 +50,7 @@ typedef struct crst_tensor crst_tensor;
 
 // Where an argument's value comes from.
 enum {
-  CRST_ARG_INPUT = 0,    // the input tensor number `integer`
+  CRST_ARG_INPUT = 0,    // the input number `integer`: a tensor, or List[str] if it is of byte strings
   CRST_ARG_DEFAULT = 1,  // the default in the module's signature
   CRST_ARG_INT = 2,
   CRST_ARG_FLOAT = 3,
@@ -65,21 +66,27 @@ typedef struct crst_argument {
   crst_slice text;
 } crst_argument;
 
+// The type of an input's or a result's elements: a c10::ScalarType, or one of these.
+enum {
+  CRST_TYPE_NONE = -1,   // a value that can't be answered
+  CRST_TYPE_BYTES = -2,  // byte strings, in the wire's framing: u32 length, little endian, then the bytes
+};
+
 typedef struct crst_input {
-  int32_t scalar_type;  // c10::ScalarType
+  int32_t type;
   const int64_t* shape;
   size_t rank;
-  const crst_slice* parts;  // laid one after the other they are the whole tensor, row-major
+  const crst_slice* parts;  // laid one after the other they are the whole input, row-major
   size_t part_count;
 } crst_input;
 
 typedef struct crst_view {
-  int32_t scalar_type;  // c10::ScalarType, or -1 for a value that is not a tensor
+  int32_t type;
   const int64_t* shape;
   size_t rank;
   const uint8_t* data;
   size_t length;
-  crst_slice name;  // the key in a Dict[str, Tensor], or empty; for scalar_type -1 the type's name
+  crst_slice name;  // the key in a dict, or empty; for CRST_TYPE_NONE the type's name
 } crst_view;
 
 void crst_free(char* text);
@@ -95,10 +102,10 @@ int32_t crst_cuda_memory(int32_t ordinal, uint64_t* free_bytes, uint64_t* total_
 int32_t crst_module_load(const char* path, int32_t cuda, crst_module** out, crst_error* error);
 void crst_module_free(crst_module* module);
 // One line per argument of forward, "arg\tNAME\tKIND\tTYPE\tHAS_DEFAULT" with a KIND of
-// tensor|int|float|bool|str|dict|other and HAS_DEFAULT of 0|1; then "ret\t\t\tTYPE\t0".
+// tensor|texts|int|float|bool|str|dict|other and HAS_DEFAULT of 0|1; then "ret\t\t\tTYPE\t0".
 int32_t crst_module_signature(crst_module* module, char** text, size_t* length, crst_error* error);
-// Says where each argument of forward comes from, in the signature's order; `names` are the keys of
-// the inputs for CRST_ARG_DICT.
+// Says where each argument of forward comes from, in the signature's order; `names` are those of the
+// inputs, the keys for CRST_ARG_DICT.
 int32_t crst_module_bind(crst_module* module, const crst_argument* arguments, size_t count,
                          const crst_slice* names, size_t name_count, crst_error* error);
 uint64_t crst_module_bytes(const crst_module* module);

@@ -63,6 +63,10 @@ const char* kind_of(const c10::TypePtr& type) {
       return "bool";
     case c10::TypeKind::StringType:
       return "str";
+    case c10::TypeKind::ListType: {
+      auto element = inner->expect<c10::ListType>()->getElementType();
+      return element->kind() == c10::TypeKind::StringType ? "texts" : "other";
+    }
     case c10::TypeKind::DictType: {
       auto dict = inner->expect<c10::DictType>();
       bool tensors = dict->getKeyType()->kind() == c10::TypeKind::StringType &&

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use super::{InputBinding, Scalar};
+use super::{Datatype, InputBinding, Scalar};
 
 /// What an argument takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ArgumentKind {
     /// `Tensor` or `Optional[Tensor]`.
     Tensor,
+    /// `List[str]`, or optional: takes byte strings.
+    Texts,
     /// `int`, or optional.
     Int,
     /// `float`, or optional.
@@ -86,6 +88,10 @@ pub fn bind(signature: &Signature, inputs: &[InputBinding], constants: &BTreeMap
     let open: Vec<usize> = (0..sources.len()).filter(|&at| sources[at].is_none()).collect();
     let dict = open.iter().copied().find(|&at| signature.arguments[at].kind == ArgumentKind::Dict);
     if let Some(at) = dict.filter(|_| !inputs.is_empty()) {
+        if let Some(text) = inputs.iter().find(|input| input.datatype == Datatype::Bytes) {
+            let (input, argument) = (&text.name, &signature.arguments[at].name);
+            return Err(fail(format!("input '{input}' is BYTES, argument '{argument}' takes a dict of tensors")));
+        }
         sources[at] = Some(Source::AllInputs);
     } else {
         let targets = targets(signature, inputs, &open).map_err(fail)?;
@@ -94,14 +100,7 @@ pub fn bind(signature: &Signature, inputs: &[InputBinding], constants: &BTreeMap
             if sources[at].is_some() {
                 return Err(fail(format!("input '{input}' is bound to argument '{}', which is bound already", argument.name)));
             }
-            if argument.kind != ArgumentKind::Tensor {
-                return Err(fail(format!(
-                    "input '{input}' can't feed argument '{name}: {type_name}', which takes no tensor; \
-                     give it a constant with the parameter cresset.scalar.{name}",
-                    name = argument.name,
-                    type_name = argument.type_name,
-                )));
-            }
+            check_kind(&inputs[index], argument).map_err(fail)?;
             sources[at] = Some(Source::Input(index));
         }
     }
@@ -119,6 +118,26 @@ pub fn bind(signature: &Signature, inputs: &[InputBinding], constants: &BTreeMap
             ))),
         })
         .collect()
+}
+
+/// Whether the input's datatype is what the argument takes.
+fn check_kind(input: &InputBinding, argument: &Argument) -> Result<(), String> {
+    let Argument { name, type_name, .. } = argument;
+    let (input, datatype) = (&input.name, input.datatype);
+    match (argument.kind, datatype) {
+        (ArgumentKind::Texts, Datatype::Bytes) => Ok(()),
+        (ArgumentKind::Tensor, datatype) if datatype != Datatype::Bytes => Ok(()),
+        (ArgumentKind::Tensor, _) => {
+            Err(format!("input '{input}' is BYTES, which needs an argument of the type List[str]; '{name}' is {type_name}"))
+        }
+        (ArgumentKind::Texts, _) => {
+            Err(format!("input '{input}' is {datatype}, argument '{name}: {type_name}' takes BYTES (TYPE_STRING)"))
+        }
+        _ => Err(format!(
+            "input '{input}' can't feed argument '{name}: {type_name}', which takes no tensor; \
+             give it a constant with the parameter cresset.scalar.{name}"
+        )),
+    }
 }
 
 fn bind_constants(signature: &Signature, constants: &BTreeMap<String, Scalar>) -> Result<Vec<Option<Source>>, String> {
@@ -184,7 +203,6 @@ pub(super) fn position_in_name(name: &str) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Datatype;
     use super::*;
 
     fn signature(arguments: &[(&str, ArgumentKind, bool)]) -> Signature {
@@ -254,6 +272,21 @@ mod tests {
         for (inputs, constants, expected) in cases {
             let refusal = bind(&two, &inputs, &constants).expect_err(expected);
             assert!(refusal.contains(expected) && refusal.contains("forward(x: Tensor, sr: Int)"), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn byte_strings_and_tensors_are_not_mixed_up() {
+        let of = |kind| signature(&[("x", kind, false)]);
+        let text = [InputBinding { name: "x".into(), datatype: Datatype::Bytes }];
+        assert_eq!(bind(&of(ArgumentKind::Texts), &text, &BTreeMap::new()), Ok(vec![Source::Input(0)]));
+        for (signature, inputs, expected) in [
+            (of(Tensor), &text[..], "needs an argument of the type List[str]"),
+            (of(Dict), &text[..], "takes a dict of tensors"),
+            (of(ArgumentKind::Texts), &inputs(&["x"])[..], "takes BYTES"),
+        ] {
+            let refusal = bind(&signature, inputs, &BTreeMap::new()).expect_err(expected);
+            assert!(refusal.contains("input 'x'") && refusal.contains(expected), "{refusal}");
         }
     }
 

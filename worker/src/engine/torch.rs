@@ -4,22 +4,22 @@
 //! the file left it and never runs: sequences are copies of it which share its weights and its
 //! compiled code, and a checkpoint is what differs from it.
 
+mod calls;
 mod checkpoint;
 mod ffi;
 mod native;
+mod types;
 
 use std::time::Instant;
 
 use bytes::Bytes;
 
-use self::native::{Module, Results};
+use self::calls::CallShape;
+use self::native::Module;
 pub(super) use self::native::{cuda_load, cuda_memory, testing_save};
 use super::error::{short_message, short_message_about};
 use super::signature::{self, Argument, ArgumentKind, Signature};
-use super::{
-    Datatype, Engine, EngineError, InputBinding, InputParts, LoadSpec, Model, OutputBinding, OutputTensor, Outputs,
-    SequenceModel, Timing, archive,
-};
+use super::{Engine, EngineError, InputParts, LoadSpec, Model, Outputs, SequenceModel, archive};
 
 /// libtorch, linked for the CPU; [`super::cuda::load`] adds GPUs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,15 +48,12 @@ impl Engine for TorchEngine {
         let mut module = Module::load(&spec.path, spec.device).map_err(cannot_load)?;
         let signature = read_signature(&module.signature().map_err(cannot_load)?);
         let refuse = |why: String| EngineError::CannotLoad(short_message(&why));
-        if let Some(input) = spec.inputs.iter().find(|input| scalar_type(input.datatype).is_none()) {
-            return Err(refuse(format!("input '{}' is {}, which no tensor can hold yet", input.name, input.datatype)));
-        }
         let sources = signature::bind(&signature, &spec.inputs, &spec.constants).map_err(refuse)?;
         let names: Vec<&str> = spec.inputs.iter().map(|input| input.name.as_str()).collect();
         module.bind(&sources, &names).map_err(cannot_load)?;
         Ok(Box::new(TorchModel {
             memory_bytes: module.bytes() + contents.constants_bytes,
-            shape_of_calls: CallShape { inputs: spec.inputs.clone(), outputs: spec.outputs.clone() },
+            shape_of_calls: CallShape::of(spec),
             module,
             signature,
         }))
@@ -129,97 +126,6 @@ impl SequenceModel for TorchSequence {
     }
 }
 
-/// What goes in and comes out of every call.
-#[derive(Clone)]
-struct CallShape {
-    inputs: Vec<InputBinding>,
-    outputs: Vec<OutputBinding>,
-}
-
-impl CallShape {
-    fn check(&self, inputs: &[InputParts]) -> Result<(), EngineError> {
-        if inputs.len() != self.inputs.len() {
-            let (want, got) = (self.inputs.len(), inputs.len());
-            return Err(EngineError::BadInput(format!("expected {want} inputs, got {got}")));
-        }
-        for (input, binding) in inputs.iter().zip(&self.inputs) {
-            check_input(input, binding).map_err(|why| EngineError::BadInput(short_message(&why)))?;
-        }
-        Ok(())
-    }
-
-    fn outputs(&self, mut results: Results, began: Instant) -> Result<Outputs, EngineError> {
-        let (input, infer) = results.times();
-        let fail = |why: String| EngineError::Failed(short_message(&why));
-        let views: Vec<_> = (0..results.len()).map(|index| results.view(index)).collect();
-        let names: Vec<&str> = views.iter().map(|view| view.name.as_str()).collect();
-        let is_dict = views.iter().any(|view| view.scalar_type >= 0 && !view.name.is_empty());
-        let places = places(&self.outputs, &names, is_dict).map_err(fail)?;
-        let mut outputs: Vec<OutputTensor> = Vec::with_capacity(places.len());
-        for (binding, &place) in self.outputs.iter().zip(&places) {
-            let view = &views[place];
-            let name = &binding.name;
-            let Some(datatype) = datatype(view.scalar_type) else {
-                let kind = if view.scalar_type < 0 { view.name.as_str() } else { "tensor of a type with no name here" };
-                return Err(fail(format!("output '{name}' is a {kind}, which can't be answered")));
-            };
-            if let Some(declared) = binding.datatype
-                && declared != datatype
-            {
-                return Err(fail(format!("output '{name}' is {datatype}, the configuration says {declared}")));
-            }
-            // Two outputs of the configuration may name one result: a take leaves nothing behind.
-            let data = match places.iter().take(outputs.len()).position(|&earlier| earlier == place) {
-                Some(earlier) => outputs[earlier].data.clone(),
-                None => results.take(place),
-            };
-            outputs.push(OutputTensor { datatype, shape: view.shape.clone(), data });
-        }
-        Ok(Outputs { tensors: outputs, timing: Timing::ending_now(began, input, infer) })
-    }
-}
-
-fn check_input(input: &InputParts, binding: &InputBinding) -> Result<(), String> {
-    let name = &binding.name;
-    if input.datatype != binding.datatype {
-        return Err(format!("input '{name}' is {}, expected {}", input.datatype, binding.datatype));
-    }
-    let size =
-        input.datatype.size().ok_or_else(|| format!("input '{name}' is {}, which no tensor can hold yet", input.datatype))?;
-    let elements = input.shape.iter().try_fold(1_usize, |product, &dimension| {
-        usize::try_from(dimension).ok().and_then(|dimension| product.checked_mul(dimension))
-    });
-    let want = elements
-        .and_then(|elements| elements.checked_mul(size))
-        .filter(|&want| i64::try_from(want).is_ok())
-        .ok_or_else(|| format!("input '{name}' has the impossible shape {:?}", input.shape))?;
-    let got: usize = input.parts.iter().map(Bytes::len).sum();
-    if got != want {
-        return Err(format!("input '{name}' has {got} bytes, its shape {:?} needs {want}", input.shape));
-    }
-    Ok(())
-}
-
-/// For each declared output the index of its result.
-fn places(outputs: &[OutputBinding], names: &[&str], is_dict: bool) -> Result<Vec<usize>, String> {
-    let by_position = outputs.iter().all(|output| signature::position_in_name(&output.name).is_some());
-    let place = |(order, output): (usize, &OutputBinding)| {
-        let name = &output.name;
-        if is_dict && let Some(place) = names.iter().position(|key| key == name) {
-            return Ok(place);
-        }
-        let place = if by_position { signature::position_in_name(name).unwrap_or(order) } else { order };
-        if is_dict && !by_position {
-            Err(format!("the module returned no '{name}', only {}", names.join(", ")))
-        } else if place >= names.len() {
-            Err(format!("the module returned {} values, output '{name}' is number {place} (from 0)", names.len()))
-        } else {
-            Ok(place)
-        }
-    };
-    outputs.iter().enumerate().map(place).collect()
-}
-
 /// Reads the lines of the shim's signature.
 fn read_signature(lines: &str) -> Signature {
     let mut signature = Signature::default();
@@ -234,6 +140,7 @@ fn read_signature(lines: &str) -> Signature {
         }
         let kind = match kind {
             "tensor" => ArgumentKind::Tensor,
+            "texts" => ArgumentKind::Texts,
             "int" => ArgumentKind::Int,
             "float" => ArgumentKind::Float,
             "bool" => ArgumentKind::Bool,
@@ -249,31 +156,6 @@ fn read_signature(lines: &str) -> Signature {
         });
     }
     signature
-}
-
-/// `c10::ScalarType` of a datatype.
-const SCALAR_TYPES: [(Datatype, i32); 13] = [
-    (Datatype::Uint8, 0),
-    (Datatype::Int8, 1),
-    (Datatype::Int16, 2),
-    (Datatype::Int32, 3),
-    (Datatype::Int64, 4),
-    (Datatype::Fp16, 5),
-    (Datatype::Fp32, 6),
-    (Datatype::Fp64, 7),
-    (Datatype::Bool, 11),
-    (Datatype::Bf16, 15),
-    (Datatype::Uint16, 27),
-    (Datatype::Uint32, 28),
-    (Datatype::Uint64, 29),
-];
-
-fn scalar_type(datatype: Datatype) -> Option<i32> {
-    SCALAR_TYPES.iter().find(|(known, _)| *known == datatype).map(|(_, code)| *code)
-}
-
-fn datatype(scalar_type: i32) -> Option<Datatype> {
-    SCALAR_TYPES.iter().find(|(_, code)| *code == scalar_type).map(|(known, _)| *known)
 }
 
 #[cfg(test)]

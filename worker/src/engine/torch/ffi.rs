@@ -9,6 +9,10 @@ pub const OUT_OF_MEMORY: i32 = 2;
 pub const RAISED: i32 = 3;
 pub const NOT_CHECKPOINTABLE: i32 = 4;
 pub const BAD_CHECKPOINT: i32 = 5;
+pub const BAD_INPUT: i32 = 6;
+
+pub const TYPE_NONE: i32 = -1;
+pub const TYPE_BYTES: i32 = -2;
 
 pub const ARG_INPUT: i32 = 0;
 pub const ARG_DEFAULT: i32 = 1;
@@ -47,7 +51,7 @@ pub struct Argument {
 
 #[repr(C)]
 pub struct Input {
-    pub scalar_type: i32,
+    pub code: i32,
     pub shape: *const i64,
     pub rank: usize,
     pub parts: *const Slice,
@@ -56,7 +60,7 @@ pub struct Input {
 
 #[repr(C)]
 pub struct View {
-    pub scalar_type: i32,
+    pub code: i32,
     pub shape: *const i64,
     pub rank: usize,
     pub data: *const u8,

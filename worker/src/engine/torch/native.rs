@@ -11,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::ffi;
+use super::types::code;
 use crate::engine::error::short_message;
 use crate::engine::signature::Source;
 use crate::engine::{Device, EngineError, InputParts, Scalar};
@@ -40,6 +41,7 @@ impl Refusal {
             ffi::OUT_OF_MEMORY => EngineError::OutOfMemory(message),
             ffi::NOT_CHECKPOINTABLE => EngineError::NotCheckpointable(message),
             ffi::BAD_CHECKPOINT => EngineError::BadCheckpoint(message),
+            ffi::BAD_INPUT => EngineError::BadInput(message),
             ffi::RAISED => EngineError::Failed(message),
             // Inside TorchScript libtorch's errors lose their class, only their words are left.
             _ if out_of_memory.iter().any(|words| message.contains(words)) => EngineError::OutOfMemory(message),
@@ -228,7 +230,7 @@ fn with_inputs(
     let mut tensors = Vec::with_capacity(inputs.len());
     for (input, parts) in inputs.iter().zip(&parts) {
         tensors.push(ffi::Input {
-            scalar_type: super::scalar_type(input.datatype).ok_or_else(|| Refusal::plain("not a tensor's datatype"))?,
+            code: code(input.datatype),
             shape: input.shape.as_ptr(),
             rank: input.shape.len(),
             parts: parts.as_ptr(),
@@ -245,11 +247,18 @@ pub struct Results(NonNull<ffi::Handle>);
 
 /// One value of the results.
 pub struct ResultView {
-    /// libtorch's code of the element type; -1 if the value is no tensor.
-    pub scalar_type: i32,
+    /// The type of its elements.
+    pub code: i32,
     pub shape: Vec<i64>,
-    /// The dict key; or, for a value that is no tensor, its type.
+    /// The dict key; or, for a value that can't be answered, its type.
     pub name: String,
+}
+
+impl ResultView {
+    /// Whether it is a tensor or byte strings.
+    pub fn is_answerable(&self) -> bool {
+        self.code != ffi::TYPE_NONE
+    }
 }
 
 impl Drop for Results {
@@ -276,8 +285,14 @@ impl Results {
     fn raw_view(&self, index: usize) -> ffi::View {
         assert!(index < self.len(), "a result index is checked by its user");
         let nothing = ffi::Slice::of(&[]);
-        let mut view =
-            ffi::View { scalar_type: -1, shape: std::ptr::null(), rank: 0, data: std::ptr::null(), length: 0, name: nothing };
+        let mut view = ffi::View {
+            code: ffi::TYPE_NONE,
+            shape: std::ptr::null(),
+            rank: 0,
+            data: std::ptr::null(),
+            length: 0,
+            name: nothing,
+        };
         // SAFETY: the handle is live and the index is in range.
         unsafe { ffi::crst_results_view(self.0.as_ptr(), index, &raw mut view) };
         view
@@ -287,7 +302,7 @@ impl Results {
         let view = self.raw_view(index);
         // SAFETY: the shape and the name live as long as the results; a null pointer is never read.
         let (shape, name) = unsafe { (copied(view.shape, view.rank), copied(view.name.data, view.name.length)) };
-        ResultView { scalar_type: view.scalar_type, shape, name: String::from_utf8_lossy(&name).into_owned() }
+        ResultView { code: view.code, shape, name: String::from_utf8_lossy(&name).into_owned() }
     }
 
     /// The bytes of a tensor, kept alive by it. A second take of the same index gives nothing.

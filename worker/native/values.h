@@ -1,0 +1,43 @@
+// Between the bytes of requests and responses and the values that a module takes and returns.
+#pragma once
+
+#include <chrono>
+
+#include "common.h"
+
+struct crst_tensor {
+  at::Tensor tensor;
+};
+
+struct crst_results {
+  struct Result {
+    at::Tensor tensor;  // undefined for a value that can't be answered
+    std::string name;
+    std::optional<int64_t> texts;  // how many byte strings `tensor` holds, in the wire's framing
+  };
+  std::vector<Result> results;
+  uint64_t input_ns = 0;
+  uint64_t infer_ns = 0;
+};
+
+namespace crst {
+
+using Clock = std::chrono::steady_clock;
+
+inline uint64_t nanoseconds(Clock::duration duration) {
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(duration).count());
+}
+
+// Unsigned integers that libtorch can store but hardly compute with.
+enum class Unsigned { kWiden, kAsTheyAre };
+
+// The tensor that an input's parts make up, on the device. Refuses with CRST_BAD_INPUT.
+at::Tensor tensor_of(const crst_input& input, const std::string& name, at::Device device, Unsigned rule);
+
+// The byte strings of an input. Refuses with CRST_BAD_INPUT.
+c10::List<std::string> texts_of(const crst_input& input, const std::string& name);
+
+// Takes apart what a module returned: tuples, lists and dicts become one result for each value in them.
+void gather(IValue returned, crst_results& results);
+
+}  // namespace crst
