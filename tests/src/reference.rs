@@ -68,6 +68,7 @@ impl Reference {
                 .iter()
                 .map(|output| OutputBinding { name: output.name.clone(), datatype: datatype(output.data_type) })
                 .collect(),
+            decoupled: false,
         };
         // As on a worker with one core: many tests run at once, and the models are small.
         set_threads(1, 1)?;

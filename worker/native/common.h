@@ -82,8 +82,6 @@ std::string save_state(const Module& module, const Pristine& pristine);
 // A new copy of the pristine module with the saved state in it.
 Module restore_state(const Pristine& pristine, const uint8_t* data, size_t length);
 
-crst_results* run(Instance& instance, const Plan& plan, at::Device device, const crst_input* inputs, size_t count);
-
 }  // namespace crst
 
 struct crst_module {
@@ -96,4 +94,10 @@ struct crst_sequence {
   std::shared_ptr<const crst::Pristine> pristine;
   std::shared_ptr<const crst::Plan> plan;
   crst::Instance instance;
+};
+
+struct crst_generation {
+  std::shared_ptr<const crst::Pristine> pristine;
+  crst::Instance instance;
+  torch::jit::Method next;
 };

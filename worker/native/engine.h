@@ -43,6 +43,8 @@ typedef struct crst_slice {
 typedef struct crst_module crst_module;
 // A copy of a module with a state of its own; the weights are those of its crst_module.
 typedef struct crst_sequence crst_sequence;
+// The responses to one request of a decoupled model, from a copy of the module of its own.
+typedef struct crst_generation crst_generation;
 // What a call returned, in order.
 typedef struct crst_results crst_results;
 // One returned tensor, kept alive while its bytes are in use.
@@ -121,6 +123,16 @@ int32_t crst_sequence_step(crst_sequence* sequence, const crst_input* inputs, si
 int32_t crst_sequence_checkpoint(crst_sequence* sequence, char** data, size_t* length, crst_error* error);
 // All or nothing: after an error the sequence is as it was.
 int32_t crst_sequence_restore(crst_sequence* sequence, const uint8_t* data, size_t length, crst_error* error);
+
+// Whether the module can answer a request more or less often than once: it has a method `next` without
+// arguments that returns an Optional.
+int32_t crst_module_check_next(crst_module* module, crst_error* error);
+// Calls forward, whose result is ignored; the times are those of its inputs and of itself.
+int32_t crst_generation_open(crst_module* module, const crst_input* inputs, size_t count, crst_generation** out,
+                             uint64_t* input_ns, uint64_t* infer_ns, crst_error* error);
+void crst_generation_free(crst_generation* generation);
+// The next response; null after the last.
+int32_t crst_generation_next(crst_generation* generation, crst_results** out, crst_error* error);
 
 size_t crst_results_count(const crst_results* results);
 // How long the inputs took to become tensors on the device, and how long the module ran.

@@ -1,4 +1,4 @@
-// Running a module: stateless calls, and the steps of a sequence.
+// Running a module: stateless calls, the steps of a sequence, and the responses of a decoupled request.
 
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
@@ -35,24 +35,47 @@ std::vector<IValue> arguments(const Plan& plan, at::Device device, const crst_in
   return stack;
 }
 
-}  // namespace
-
-crst_results* run(Instance& instance, const Plan& plan, at::Device device, const crst_input* inputs, size_t count) {
+// How a thread has to be set while it runs a module.
+struct Turn {
   c10::InferenceMode inference;
   c10::OptionalDeviceGuard on_device;
-  if (!device.is_cpu()) {
-    on_device.reset_device(device);
+
+  explicit Turn(at::Device device) {
+    if (!device.is_cpu()) {
+      on_device.reset_device(device);
+    }
   }
-  auto results = std::make_unique<crst_results>();
+};
+
+// Calls forward; the times go into `results`, what it returns to the caller.
+IValue call_forward(Instance& instance, const Plan& plan, at::Device device, const crst_input* inputs, size_t count,
+                    crst_results& results) {
   auto began = Clock::now();
   std::vector<IValue> stack = arguments(plan, device, inputs, count);
   auto assembled = Clock::now();
   IValue returned = instance.forward(std::move(stack));
-  results->input_ns = nanoseconds(assembled - began);
-  results->infer_ns = nanoseconds(Clock::now() - assembled);
-  gather(std::move(returned), *results);
-  return results.release();
+  results.input_ns = nanoseconds(assembled - began);
+  results.infer_ns = nanoseconds(Clock::now() - assembled);
+  return returned;
 }
+
+std::unique_ptr<crst_results> run(Instance& instance, const Plan& plan, at::Device device, const crst_input* inputs,
+                                  size_t count) {
+  Turn turn(device);
+  auto results = std::make_unique<crst_results>();
+  IValue returned = call_forward(instance, plan, device, inputs, count, *results);
+  gather(std::move(returned), *results);
+  return results;
+}
+
+const Plan& plan_of(const crst_module& module) {
+  if (!module.plan) {
+    throw Refusal{CRST_FAILED, "the module's arguments have not been bound"};
+  }
+  return *module.plan;
+}
+
+}  // namespace
 
 }  // namespace crst
 
@@ -61,21 +84,17 @@ using crst::guarded;
 int32_t crst_module_forward(crst_module* module, const crst_input* inputs, size_t count,
                             crst_results** out, crst_error* error) {
   return guarded(error, [&] {
-    if (!module->plan) {
-      throw crst::Refusal{CRST_FAILED, "the module's arguments have not been bound"};
-    }
+    const auto& plan = crst::plan_of(*module);
     if (!module->instance.has_value()) {
       module->instance.emplace(crst::copy_of(*module->pristine));
     }
-    *out = crst::run(*module->instance, *module->plan, module->pristine->device, inputs, count);
+    *out = crst::run(*module->instance, plan, module->pristine->device, inputs, count).release();
   });
 }
 
 int32_t crst_sequence_open(crst_module* module, crst_sequence** out, crst_error* error) {
   return guarded(error, [&] {
-    if (!module->plan) {
-      throw crst::Refusal{CRST_FAILED, "the module's arguments have not been bound"};
-    }
+    crst::plan_of(*module);
     *out = new crst_sequence{module->pristine, module->plan, crst::Instance(crst::copy_of(*module->pristine))};
   });
 }
@@ -85,8 +104,7 @@ void crst_sequence_free(crst_sequence* sequence) { delete sequence; }
 int32_t crst_sequence_step(crst_sequence* sequence, const crst_input* inputs, size_t count,
                            crst_results** out, crst_error* error) {
   return guarded(error, [&] {
-    std::unique_ptr<crst_results> results(
-        crst::run(sequence->instance, *sequence->plan, sequence->pristine->device, inputs, count));
+    auto results = crst::run(sequence->instance, *sequence->plan, sequence->pristine->device, inputs, count);
     crst::refuse_written_weights(*sequence->pristine);
     *out = results.release();
   });
@@ -108,5 +126,66 @@ int32_t crst_sequence_restore(crst_sequence* sequence, const uint8_t* data, size
   return guarded(error, [&] {
     c10::InferenceMode inference;
     sequence->instance = crst::Instance(crst::restore_state(*sequence->pristine, data, length));
+  });
+}
+
+int32_t crst_module_check_next(crst_module* module, crst_error* error) {
+  return guarded(error, [&] {
+    auto next = module->pristine->module.find_method("next");
+    if (!next.has_value()) {
+      throw crst::Refusal{CRST_FAILED,
+                          "the model is decoupled, and its module has no method `next` that returns the next response, "
+                          "or None after the last"};
+    }
+    const auto& schema = next->function().getSchema();
+    for (size_t i = 1; i < schema.arguments().size(); i++) {
+      if (!schema.arguments()[i].default_value().has_value()) {
+        throw crst::Refusal{CRST_FAILED, "the method `next` of a decoupled model takes no arguments, this one needs '" +
+                                             schema.arguments()[i].name() + "'"};
+      }
+    }
+    auto returned = schema.returns().empty() ? c10::TypePtr(c10::NoneType::get()) : schema.returns()[0].type();
+    if (!c10::NoneType::get()->isSubtypeOf(*returned)) {
+      throw crst::Refusal{CRST_FAILED, "the method `next` of a decoupled model returns an Optional, None after the last response; "
+                                       "this one returns " + returned->annotation_str()};
+    }
+  });
+}
+
+int32_t crst_generation_open(crst_module* module, const crst_input* inputs, size_t count, crst_generation** out,
+                             uint64_t* input_ns, uint64_t* infer_ns, crst_error* error) {
+  return guarded(error, [&] {
+    const auto& plan = crst::plan_of(*module);
+    const auto& pristine = module->pristine;
+    crst::Instance instance(crst::copy_of(*pristine));
+    crst_results ignored;
+    {
+      crst::Turn turn(pristine->device);
+      crst::call_forward(instance, plan, pristine->device, inputs, count, ignored);
+    }
+    crst::refuse_written_weights(*pristine);
+    auto next = instance.module.get_method("next");
+    *out = new crst_generation{pristine, std::move(instance), std::move(next)};
+    *input_ns = ignored.input_ns;
+    *infer_ns = ignored.infer_ns;
+  });
+}
+
+void crst_generation_free(crst_generation* generation) { delete generation; }
+
+int32_t crst_generation_next(crst_generation* generation, crst_results** out, crst_error* error) {
+  return guarded(error, [&] {
+    crst::Turn turn(generation->pristine->device);
+    auto results = std::make_unique<crst_results>();
+    auto began = crst::Clock::now();
+    crst::IValue returned = generation->next({});
+    results->infer_ns = crst::nanoseconds(crst::Clock::now() - began);
+    crst::refuse_written_weights(*generation->pristine);
+    if (returned.isNone()) {
+      *out = nullptr;
+      return;
+    }
+    crst::gather(std::move(returned), *results);
+    *out = results.release();
   });
 }

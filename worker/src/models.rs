@@ -315,6 +315,7 @@ impl Inner {
                 .iter()
                 .map(|spec| OutputBinding { name: spec.name.clone(), datatype: Some(spec.datatype) })
                 .collect(),
+            decoupled: false,
         })?;
         if let Err(error) = warm(model.as_mut(), &contract) {
             tracing::debug!(model = key.model, %error, "the warm-up call failed, which may be because of its made-up input");

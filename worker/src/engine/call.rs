@@ -70,7 +70,17 @@ impl Timing {
         Self { began, input, infer, output: began.elapsed().saturating_sub(input + infer) }
     }
 
-    /// From the beginning to the end.
+    /// Of this and what came later for the same response.
+    pub fn and_then(self, later: Self) -> Self {
+        Self {
+            began: self.began,
+            input: self.input + later.input,
+            infer: self.infer + later.infer,
+            output: self.output + later.output,
+        }
+    }
+
+    /// All parts together.
     pub fn total(&self) -> Duration {
         self.input + self.infer + self.output
     }

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Device, EngineError, InputParts, Model, Outputs, SequenceModel, Signature, short_message};
+use super::{Device, EngineError, Generation, InputParts, Model, Outputs, SequenceModel, Signature, short_message};
 
 /// Jobs that are ready while one runs.
 const READY_JOBS_MAX: usize = 1;
@@ -200,6 +200,22 @@ impl Slot {
         self.submit(IfAbandoned::Run, move || kept.with(|sequence| sequence.restore(&checkpoint)))
     }
 
+    /// As [`Model::open_generation`]. If the answer is dropped before the job begins, it is not run.
+    pub fn open_generation(self, model: &PlacedModel, inputs: Vec<InputParts>) -> Answer<PlacedGeneration> {
+        let (kept, thread) = (Arc::clone(&model.model), model.thread.clone());
+        self.submit(IfAbandoned::Skip, move || {
+            let generation = kept.with(|model| model.open_generation(&inputs))?;
+            Ok(PlacedGeneration { thread, generation: Arc::new(Kept::new(generation)) })
+        })
+    }
+
+    /// As [`Generation::next`]. If the answer is dropped before the job begins, it is not run, and the response is the next
+    /// one still.
+    pub fn next(self, generation: &PlacedGeneration) -> Answer<Option<Outputs>> {
+        let kept = Arc::clone(&generation.generation);
+        self.submit(IfAbandoned::Skip, move || kept.with(|generation| generation.next()))
+    }
+
     fn submit<T: Send + 'static>(
         self,
         abandoned: IfAbandoned,
@@ -294,6 +310,14 @@ impl PlacedModel {
         self.thread.slot().await?.infer(self, inputs).await
     }
 
+    /// Waits for a slot and gives a request of a decoupled model to it.
+    ///
+    /// # Errors
+    /// As [`Model::open_generation`].
+    pub async fn open_generation(&self, inputs: Vec<InputParts>) -> Result<PlacedGeneration, EngineError> {
+        self.thread.slot().await?.open_generation(self, inputs).await
+    }
+
     /// Waits for a slot and opens a sequence in it.
     ///
     /// # Errors
@@ -337,6 +361,28 @@ impl PlacedSequence {
     /// As [`SequenceModel::restore`].
     pub async fn restore(&self, checkpoint: Bytes) -> Result<(), EngineError> {
         self.thread.slot().await?.restore(self, checkpoint).await
+    }
+}
+
+/// The responses to a request of a decoupled model, on its model's thread. Its calls have to be made in turn; every one is a
+/// job of its own, so that other work runs in between. Dropping it frees it, also before the last response.
+pub struct PlacedGeneration {
+    thread: DeviceThread,
+    generation: Arc<Kept<dyn Generation>>,
+}
+
+impl PlacedGeneration {
+    /// The thread that runs it.
+    pub fn thread(&self) -> &DeviceThread {
+        &self.thread
+    }
+
+    /// Waits for a slot and makes the next response in it.
+    ///
+    /// # Errors
+    /// As [`Generation::next`].
+    pub async fn next(&self) -> Result<Option<Outputs>, EngineError> {
+        self.thread.slot().await?.next(self).await
     }
 }
 

@@ -5,6 +5,31 @@
 //! synchronous and knows no queue, no batch policy and no clock: [`device::DeviceThread`] runs it,
 //! one call at a time for a device.
 //!
+//! # Decoupled models
+//! A model with `model_transaction_policy { decoupled: true }` answers a request 0 to n times. In TorchScript it is a module
+//! with two methods: `forward` takes the request (what it returns is ignored), and `next(self)`, which takes no arguments
+//! and returns an `Optional` of what any `forward` may return, is called until it returns `None`:
+//!
+//! ```python
+//! class Countdown(torch.nn.Module):
+//!     def __init__(self):
+//!         super().__init__()
+//!         self.left = torch.zeros(1)
+//!
+//!     def forward(self, start: Tensor):
+//!         self.left = start
+//!
+//!     @torch.jit.export
+//!     def next(self) -> Optional[Tensor]:
+//!         if bool(self.left <= 0):
+//!             return None
+//!         self.left = self.left - 1
+//!         return self.left + 1
+//! ```
+//!
+//! Each request gets a copy of the module in the state in which the file left it (the weights are shared), so what `forward`
+//! puts into attributes never mixes with another request's, and responses of several requests may take turns.
+//!
 //! Absent on purpose: reading `config.pbtxt` (the caller says what it wants in a [`LoadSpec`]),
 //! deciding which models keep state, and downloading.
 
@@ -111,6 +136,8 @@ pub struct LoadSpec {
     pub constants: BTreeMap<String, Scalar>,
     /// The outputs, in the configuration's order: the order of the outputs of every call.
     pub outputs: Vec<OutputBinding>,
+    /// Whether requests get 0 to n responses, through [`Model::open_generation`].
+    pub decoupled: bool,
 }
 
 /// Loads models. One for a process is enough; it may be shared between threads.
@@ -143,6 +170,13 @@ pub trait Model: Send {
     /// [`EngineError::Failed`] or [`EngineError::OutOfMemory`].
     fn open_sequence(&mut self) -> Result<Box<dyn SequenceModel>, EngineError>;
 
+    /// Gives a request to a copy of its own, which answers it 0 to n times. Only for a model that was loaded with
+    /// [`LoadSpec::decoupled`].
+    ///
+    /// # Errors
+    /// As [`Model::infer`].
+    fn open_generation(&mut self, inputs: &[InputParts]) -> Result<Box<dyn Generation>, EngineError>;
+
     /// Weights, buffers and constants, in bytes.
     fn memory_bytes(&self) -> u64;
 
@@ -171,6 +205,16 @@ pub trait SequenceModel: Send {
     /// [`EngineError::BadCheckpoint`] for bytes that are damaged, of another format version or of
     /// another model.
     fn restore(&mut self, checkpoint: &[u8]) -> Result<(), EngineError>;
+}
+
+/// The responses to one request of a decoupled model.
+pub trait Generation: Send {
+    /// The next response, or `None` after the last. The first one's timing has the request's own part in it: it began when
+    /// the request did. Not to be called again after `None` or an error.
+    ///
+    /// # Errors
+    /// As [`Model::infer`], but for [`EngineError::BadInput`].
+    fn next(&mut self) -> Result<Option<Outputs>, EngineError>;
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use self::native::Module;
 pub(super) use self::native::{cuda_load, cuda_memory, testing_save};
 use super::error::{short_message, short_message_about};
 use super::signature::{self, Argument, ArgumentKind, Signature};
-use super::{Engine, EngineError, InputParts, LoadSpec, Model, Outputs, SequenceModel, archive};
+use super::{Engine, EngineError, Generation, InputParts, LoadSpec, Model, Outputs, SequenceModel, Timing, archive};
 
 /// libtorch, linked for the CPU; [`super::cuda::load`] adds GPUs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -51,7 +51,11 @@ impl Engine for TorchEngine {
         let sources = signature::bind(&signature, &spec.inputs, &spec.constants).map_err(refuse)?;
         let names: Vec<&str> = spec.inputs.iter().map(|input| input.name.as_str()).collect();
         module.bind(&sources, &names).map_err(cannot_load)?;
+        if spec.decoupled {
+            module.check_next().map_err(cannot_load)?;
+        }
         Ok(Box::new(TorchModel {
+            decoupled: spec.decoupled,
             memory_bytes: module.bytes() + contents.constants_bytes,
             shape_of_calls: CallShape::of(spec),
             module,
@@ -69,6 +73,7 @@ struct TorchModel {
     signature: Signature,
     shape_of_calls: CallShape,
     memory_bytes: u64,
+    decoupled: bool,
 }
 
 impl Model for TorchModel {
@@ -86,6 +91,17 @@ impl Model for TorchModel {
             shape_of_calls: self.shape_of_calls.clone(),
             fingerprint: self.module.fingerprint(),
         }))
+    }
+
+    fn open_generation(&mut self, inputs: &[InputParts]) -> Result<Box<dyn Generation>, EngineError> {
+        if !self.decoupled {
+            return Err(EngineError::Failed("the model is not decoupled".into()));
+        }
+        let began = Instant::now();
+        self.shape_of_calls.check(inputs)?;
+        let (generation, input, infer) = self.module.open_generation(inputs).map_err(native::Refusal::into_error)?;
+        let opening = Timing::ending_now(began, input, infer);
+        Ok(Box::new(TorchGeneration { generation, shape_of_calls: self.shape_of_calls.clone(), opening: Some(opening) }))
     }
 
     fn memory_bytes(&self) -> u64 {
@@ -123,6 +139,27 @@ impl SequenceModel for TorchSequence {
             EngineError::Failed(why) => EngineError::BadCheckpoint(why),
             other => other,
         })
+    }
+}
+
+struct TorchGeneration {
+    generation: native::Generation,
+    shape_of_calls: CallShape,
+    /// What taking the request took, until a response carries it.
+    opening: Option<Timing>,
+}
+
+impl Generation for TorchGeneration {
+    fn next(&mut self) -> Result<Option<Outputs>, EngineError> {
+        let began = Instant::now();
+        let Some(results) = self.generation.next().map_err(native::Refusal::into_error)? else {
+            return Ok(None);
+        };
+        let mut outputs = self.shape_of_calls.outputs(results, began)?;
+        if let Some(opening) = self.opening.take() {
+            outputs.timing = opening.and_then(outputs.timing);
+        }
+        Ok(Some(outputs))
     }
 }
 

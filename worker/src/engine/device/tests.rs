@@ -33,6 +33,11 @@ impl Model for Fake {
         Ok(Box::new(Count(0)))
     }
 
+    fn open_generation(&mut self, inputs: &[InputParts]) -> Result<Box<dyn Generation>, EngineError> {
+        (self.behaviour)(inputs)?;
+        Ok(Box::new(Count(0)))
+    }
+
     fn memory_bytes(&self) -> u64 {
         42
     }
@@ -66,6 +71,12 @@ impl SequenceModel for Count {
     fn restore(&mut self, checkpoint: &[u8]) -> Result<(), EngineError> {
         self.0 = *checkpoint.first().ok_or_else(|| EngineError::BadCheckpoint("empty".into()))?;
         Ok(())
+    }
+}
+
+impl Generation for Count {
+    fn next(&mut self) -> Result<Option<Outputs>, EngineError> {
+        Ok((self.0 < 3).then(|| self.step(&[])).transpose()?)
     }
 }
 
@@ -153,6 +164,24 @@ async fn an_abandoned_prediction_is_not_run_but_an_abandoned_step_is() {
     }
     assert_eq!(sequence.step(Vec::new()).await.expect("it runs")[0].data[..], [2]);
     assert_eq!(ran.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn responses_of_two_requests_take_turns() {
+    let thread = spawn();
+    let model = thread.place(Fake::new(|_| Ok(outputs(Vec::new()))));
+    let one = model.open_generation(Vec::new()).await.expect("opened");
+    let other = model.open_generation(Vec::new()).await.expect("opened");
+    for number in 1..=3 {
+        for generation in [&one, &other] {
+            let response = generation.next().await.expect("it runs").expect("there is one");
+            assert_eq!(response[0].data[..], [number]);
+        }
+    }
+    drop(thread.slot().await.expect("a slot").next(&other));
+    for generation in [&one, &other] {
+        assert!(generation.next().await.expect("it runs").is_none());
+    }
 }
 
 #[tokio::test]

@@ -68,7 +68,7 @@ pub struct View {
     pub name: Slice,
 }
 
-/// `crst_module`, `crst_sequence`, `crst_results` and `crst_tensor` are only ever pointed to.
+/// `crst_module`, `crst_sequence`, `crst_generation`, `crst_results` and `crst_tensor` are only ever pointed to.
 pub type Handle = c_void;
 
 unsafe extern "C" {
@@ -109,6 +109,19 @@ unsafe extern "C" {
     ) -> i32;
     pub fn crst_sequence_checkpoint(sequence: *mut Handle, data: *mut *mut c_char, length: *mut usize, error: *mut Error) -> i32;
     pub fn crst_sequence_restore(sequence: *mut Handle, data: *const u8, length: usize, error: *mut Error) -> i32;
+
+    pub fn crst_module_check_next(module: *mut Handle, error: *mut Error) -> i32;
+    pub fn crst_generation_open(
+        module: *mut Handle,
+        inputs: *const Input,
+        count: usize,
+        out: *mut *mut Handle,
+        input_ns: *mut u64,
+        infer_ns: *mut u64,
+        error: *mut Error,
+    ) -> i32;
+    pub fn crst_generation_free(generation: *mut Handle);
+    pub fn crst_generation_next(generation: *mut Handle, out: *mut *mut Handle, error: *mut Error) -> i32;
 
     pub fn crst_results_count(results: *const Handle) -> usize;
     pub fn crst_results_times(results: *const Handle, input_ns: *mut u64, infer_ns: *mut u64);

@@ -172,6 +172,7 @@ impl Module {
             // SAFETY: the handle is live and exclusively ours; `with_inputs` keeps the rest valid.
             unsafe { ffi::crst_module_forward(self.0.as_ptr(), inputs, count, out, error) }
         })
+        .map(Results)
     }
 
     pub fn open_sequence(&mut self) -> Result<Sequence, Refusal> {
@@ -179,6 +180,25 @@ impl Module {
         // SAFETY: the handle is live and exclusively ours.
         checked(|error| unsafe { ffi::crst_sequence_open(self.0.as_ptr(), &raw mut handle, error) })?;
         not_null(handle).map(Sequence)
+    }
+
+    /// Whether it can be a decoupled model.
+    pub fn check_next(&mut self) -> Result<(), Refusal> {
+        // SAFETY: the handle is live and exclusively ours.
+        checked(|error| unsafe { ffi::crst_module_check_next(self.0.as_ptr(), error) })
+    }
+
+    /// Gives a request to a new copy; also how long the inputs took to become tensors, and how long `forward` ran.
+    pub fn open_generation(&mut self, inputs: &[InputParts]) -> Result<(Generation, Duration, Duration), Refusal> {
+        let (mut input_ns, mut infer_ns) = (0, 0);
+        let handle = with_inputs(inputs, |inputs, count, out, error| {
+            // SAFETY: the handle is live and exclusively ours; `with_inputs` keeps the rest valid.
+            unsafe {
+                let module = self.0.as_ptr();
+                ffi::crst_generation_open(module, inputs, count, out, &raw mut input_ns, &raw mut infer_ns, error)
+            }
+        })?;
+        Ok((Generation(handle), Duration::from_nanos(input_ns), Duration::from_nanos(infer_ns)))
     }
 }
 
@@ -201,6 +221,7 @@ impl Sequence {
             // SAFETY: the handle is live and exclusively ours; `with_inputs` keeps the rest valid.
             unsafe { ffi::crst_sequence_step(self.0.as_ptr(), inputs, count, out, error) }
         })
+        .map(Results)
     }
 
     pub fn checkpoint(&mut self) -> Result<Vec<u8>, Refusal> {
@@ -218,28 +239,47 @@ impl Sequence {
     }
 }
 
-type CallForward<'a> = &'a mut dyn FnMut(*const ffi::Input, usize, *mut *mut ffi::Handle, *mut ffi::Error) -> i32;
+/// The responses to one request of a decoupled model. It keeps what it shares with its module alive.
+pub struct Generation(NonNull<ffi::Handle>);
 
+// SAFETY: as for `Sequence`.
+unsafe impl Send for Generation {}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        // SAFETY: the handle is ours and not used again.
+        unsafe { ffi::crst_generation_free(self.0.as_ptr()) }
+    }
+}
+
+impl Generation {
+    /// The next response, or `None` after the last.
+    pub fn next(&mut self) -> Result<Option<Results>, Refusal> {
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the handle is live and exclusively ours; the pointers are valid for the call.
+        checked(|error| unsafe { ffi::crst_generation_next(self.0.as_ptr(), &raw mut handle, error) })?;
+        Ok(NonNull::new(handle).map(Results))
+    }
+}
+
+/// Lends the inputs to a call of the shim that gives a handle back.
 fn with_inputs(
     inputs: &[InputParts],
     mut call: impl FnMut(*const ffi::Input, usize, *mut *mut ffi::Handle, *mut ffi::Error) -> i32,
-) -> Result<Results, Refusal> {
-    let call: CallForward<'_> = &mut call;
+) -> Result<NonNull<ffi::Handle>, Refusal> {
     let parts: Vec<Vec<ffi::Slice>> =
         inputs.iter().map(|input| input.parts.iter().map(|part| ffi::Slice::of(part)).collect()).collect();
-    let mut tensors = Vec::with_capacity(inputs.len());
-    for (input, parts) in inputs.iter().zip(&parts) {
-        tensors.push(ffi::Input {
-            code: code(input.datatype),
-            shape: input.shape.as_ptr(),
-            rank: input.shape.len(),
-            parts: parts.as_ptr(),
-            part_count: parts.len(),
-        });
-    }
+    let lent = |(input, parts): (&InputParts, &Vec<ffi::Slice>)| ffi::Input {
+        code: code(input.datatype),
+        shape: input.shape.as_ptr(),
+        rank: input.shape.len(),
+        parts: parts.as_ptr(),
+        part_count: parts.len(),
+    };
+    let tensors: Vec<ffi::Input> = inputs.iter().zip(&parts).map(lent).collect();
     let mut handle = std::ptr::null_mut();
     checked(|error| call(tensors.as_ptr(), tensors.len(), &raw mut handle, error))?;
-    not_null(handle).map(Results)
+    not_null(handle)
 }
 
 /// What a call returned.

@@ -23,6 +23,7 @@ fn spec(path: &Path, inputs: &[&str], outputs: &[&str]) -> LoadSpec {
         inputs: inputs.iter().map(|name| binding(name, Datatype::Fp32)).collect(),
         constants: BTreeMap::new(),
         outputs: outputs.iter().map(|name| output(name)).collect(),
+        decoupled: false,
     }
 }
 
@@ -246,5 +247,6 @@ fn files_that_are_no_models_are_refused_clearly() {
 }
 
 mod datatypes;
+mod decoupled;
 mod sequences;
 mod silero;
