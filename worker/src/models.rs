@@ -24,7 +24,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::{
     admission::{Contract, ContractError},
     assignment::{ReplicaKey, StaleIntent, Step, steps},
-    engine::{Engine, EngineError, InputBinding, InputParts, LoadSpec, Model, OutputBinding, device::DeviceThread},
+    engine::{Engine, EngineError, EngineKind, InputBinding, InputParts, LoadSpec, Model, OutputBinding, device::DeviceThread},
     error::PredictError,
     metrics::ModelMetrics,
     queue::{Bounds, ModelQueue},
@@ -293,10 +293,13 @@ impl Inner {
         if !contract.ignored.is_empty() {
             tracing::warn!(model = key.model, fields = ?contract.ignored, "fields of config.pbtxt have no effect");
         }
+        let parameters = config.parameters.iter().map(|(key, value)| (key.clone(), value.string_value.clone())).collect();
+        let kind = EngineKind::of(&config.platform, &config.backend, &stored.file, &parameters).map_err(ContractError)?;
         let device = self.device(&key);
         let mut model = self.engine.load(&LoadSpec {
             path: stored.file,
             device: device.device(),
+            kind,
             inputs: contract
                 .inputs
                 .iter()
@@ -313,8 +316,9 @@ impl Inner {
             outputs: contract
                 .outputs
                 .iter()
-                .map(|spec| OutputBinding { name: spec.name.clone(), datatype: Some(spec.datatype) })
+                .map(|spec| OutputBinding { name: spec.name.clone(), datatype: Some(spec.datatype), dims: spec.dims.clone() })
                 .collect(),
+            batched: contract.batch_rows_max > 0,
             decoupled: false,
         })?;
         if let Err(error) = warm(model.as_mut(), &contract) {
