@@ -4,8 +4,17 @@ use std::path::PathBuf;
 
 include!("native/rpath.rs");
 
-const SOURCES: [&str; 8] =
-    ["module.cpp", "inputs.cpp", "results.cpp", "forward.cpp", "attributes.cpp", "save.cpp", "restore.cpp", "testing.cpp"];
+const SOURCES: [&str; 9] = [
+    "module.cpp",
+    "inputs.cpp",
+    "results.cpp",
+    "forward.cpp",
+    "package.cpp",
+    "attributes.cpp",
+    "save.cpp",
+    "restore.cpp",
+    "testing.cpp",
+];
 const HEADERS: [&str; 5] = ["engine.h", "common.h", "values.h", "attributes.h", "state.h"];
 
 fn main() {

@@ -10,8 +10,8 @@ use cresset_proto::{
     tensor::{Datatype, Tensor},
 };
 use cresset_worker::engine::{
-    Device, Engine, EngineError, InputBinding, InputParts, LoadSpec, Model, OutputBinding, Scalar, SequenceModel, TorchEngine,
-    set_threads,
+    Device, Engine, EngineError, EngineKind, InputBinding, InputParts, LoadSpec, Model, OutputBinding, Scalar, SequenceModel,
+    TorchEngine, set_threads,
 };
 
 /// Why there is no reference.
@@ -61,13 +61,19 @@ impl Reference {
         let spec = LoadSpec {
             path: stored.file,
             device: Device::Cpu,
+            kind: EngineKind::TorchScript,
             inputs: config.input.iter().map(|input| binding(&input.name, input.data_type)).collect(),
             constants,
             outputs: config
                 .output
                 .iter()
-                .map(|output| OutputBinding { name: output.name.clone(), datatype: datatype(output.data_type) })
+                .map(|output| OutputBinding {
+                    name: output.name.clone(),
+                    datatype: datatype(output.data_type),
+                    dims: output.dims.clone(),
+                })
                 .collect(),
+            batched: config.max_batch_size > 0,
             decoupled: false,
         };
         // As on a worker with one core: many tests run at once, and the models are small.

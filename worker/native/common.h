@@ -27,6 +27,15 @@ struct Refusal {
   std::string text;
 };
 
+// `cuda` is the ordinal of the GPU, or -1 for the CPU.
+inline at::Device device_of(int32_t cuda) {
+  return cuda < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda));
+}
+
+inline std::string text_of(const crst_slice& slice) {
+  return std::string(reinterpret_cast<const char*>(slice.data), slice.length);
+}
+
 char* copy_out(const char* data, size_t length);
 // Stores the exception that is being handled; returns its code.
 int32_t store_current(crst_error* error) noexcept;

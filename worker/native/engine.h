@@ -45,6 +45,8 @@ typedef struct crst_module crst_module;
 typedef struct crst_sequence crst_sequence;
 // The responses to one request of a decoupled model, from a copy of the module of its own.
 typedef struct crst_generation crst_generation;
+// A model that was compiled to native code by AOTInductor.
+typedef struct crst_package crst_package;
 // What a call returned, in order.
 typedef struct crst_results crst_results;
 // One returned tensor, kept alive while its bytes are in use.
@@ -134,6 +136,17 @@ int32_t crst_generation_open(crst_module* module, const crst_input* inputs, size
 void crst_generation_free(crst_generation* generation);
 // The next response; null after the last.
 int32_t crst_generation_next(crst_generation* generation, crst_results** out, crst_error* error);
+
+int32_t crst_package_load(const char* path, int32_t cuda, crst_package** out, crst_error* error);
+// What was returned before stays good: it keeps what it needs.
+void crst_package_free(crst_package* package);
+// Two lines: the inputs and the outputs as torch's tree specifications in JSON.
+int32_t crst_package_call_spec(crst_package* package, char** text, size_t* length, crst_error* error);
+// The names of the inputs, one for each tensor that the package takes: it doesn't count them itself.
+int32_t crst_package_bind(crst_package* package, const crst_slice* names, size_t count, crst_error* error);
+uint64_t crst_package_bytes(const crst_package* package);
+int32_t crst_package_run(crst_package* package, const crst_input* inputs, size_t count, crst_results** out,
+                         crst_error* error);
 
 size_t crst_results_count(const crst_results* results);
 // How long the inputs took to become tensors on the device, and how long the module ran.

@@ -1,8 +1,5 @@
 // Running a module: stateless calls, the steps of a sequence, and the responses of a decoupled request.
 
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/InferenceMode.h>
-
 #include "values.h"
 
 namespace crst {
@@ -40,18 +37,6 @@ std::vector<IValue> arguments(const Plan& plan, at::Device device, const crst_in
   }
   return stack;
 }
-
-// How a thread has to be set while it runs a module.
-struct Turn {
-  c10::InferenceMode inference;
-  c10::OptionalDeviceGuard on_device;
-
-  explicit Turn(at::Device device) {
-    if (!device.is_cpu()) {
-      on_device.reset_device(device);
-    }
-  }
-};
 
 // Calls forward; the times go into `results`, what it returns to the caller.
 IValue call_forward(Instance& instance, const Plan& plan, at::Device device, const crst_input* inputs, size_t count,

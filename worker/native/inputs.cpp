@@ -77,6 +77,9 @@ void lay(const crst_slice& part, at::ScalarType wire, at::ScalarType inside, con
 }  // namespace
 
 at::Tensor tensor_of(const crst_input& input, const std::string& name, at::Device device, Unsigned rule) {
+  if (input.type == CRST_TYPE_ABSENT) {
+    bad_input(name, "is left out, and this model can't do without it");
+  }
   auto wire = static_cast<at::ScalarType>(input.type);
   auto inside = inside_type(wire, rule);
   size_t wire_size = c10::elementSize(wire);

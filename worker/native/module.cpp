@@ -157,7 +157,7 @@ int32_t crst_cuda_memory(int32_t ordinal, uint64_t* free_bytes, uint64_t* total_
 int32_t crst_module_load(const char* path, int32_t cuda, crst_module** out, crst_error* error) {
   return guarded(error, [&] {
     crst::settle_executor();
-    at::Device device = cuda < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda));
+    at::Device device = crst::device_of(cuda);
     // Not in inference mode: only tensors from outside it count the writes to them, which is how a
     // module that changes its shared weights is noticed.
     at::NoGradGuard no_grad;
@@ -223,7 +223,7 @@ int32_t crst_module_bind(crst_module* module, const crst_argument* arguments, si
           argument.value = from.integer != 0;
           break;
         case CRST_ARG_TEXT:
-          argument.value = std::string(reinterpret_cast<const char*>(from.text.data), from.text.length);
+          argument.value = crst::text_of(from.text);
           break;
         case CRST_ARG_DICT:
           break;
@@ -233,7 +233,7 @@ int32_t crst_module_bind(crst_module* module, const crst_argument* arguments, si
       plan->arguments.push_back(std::move(argument));
     }
     for (size_t i = 0; i < name_count; i++) {
-      plan->names.emplace_back(reinterpret_cast<const char*>(names[i].data), names[i].length);
+      plan->names.push_back(crst::text_of(names[i]));
     }
     plan->inputs = name_count;
     for (const auto& argument : plan->arguments) {

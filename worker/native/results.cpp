@@ -103,8 +103,10 @@ void flatten(IValue value, std::string name, std::vector<crst_results::Result>& 
 }  // namespace
 
 void gather(IValue returned, crst_results& results) {
+  size_t first = results.results.size();
   flatten(std::move(returned), "", results.results, 0);
-  for (auto& result : results.results) {
+  for (size_t i = first; i < results.results.size(); i++) {
+    auto& result = results.results[i];
     if (result.tensor.defined() && !result.texts.has_value()) {
       result.tensor = settle(std::move(result.tensor));
     }
@@ -136,7 +138,7 @@ void crst_results_view(const crst_results* results, size_t index, crst_view* vie
 
 crst_tensor* crst_results_take(crst_results* results, size_t index) {
   // Moving the handle leaves the data where it is.
-  return new (std::nothrow) crst_tensor{std::move(results->results[index].tensor)};
+  return new (std::nothrow) crst_tensor{results->owner, std::move(results->results[index].tensor)};
 }
 
 void crst_results_free(crst_results* results) { delete results; }

@@ -11,13 +11,10 @@ int32_t crst_testing_save(const char* source, const crst_slice* attributes, cons
   return crst::guarded(error, [&] {
     at::NoGradGuard no_grad;
     crst::Module module("cresset_test");
-    auto text = [](const crst_slice& slice) {
-      return std::string(reinterpret_cast<const char*>(slice.data), slice.length);
-    };
     for (size_t i = 0; i < attribute_count; i++) {
-      std::string name = text(attributes[3 * i]);
-      std::string type = text(attributes[3 * i + 1]);
-      std::string expression = text(attributes[3 * i + 2]);
+      std::string name = crst::text_of(attributes[3 * i]);
+      std::string type = crst::text_of(attributes[3 * i + 1]);
+      std::string expression = crst::text_of(attributes[3 * i + 2]);
       auto unit = torch::jit::compile("def value() -> " + type + ":\n  return " + expression + "\n");
       auto& function = unit->get_function("value");
       c10::IValue value = function({});

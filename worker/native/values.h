@@ -1,11 +1,15 @@
 // Between the bytes of requests and responses and the values that a module takes and returns.
 #pragma once
 
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
+
 #include <chrono>
 
 #include "common.h"
 
 struct crst_tensor {
+  std::shared_ptr<const void> owner;  // goes after the tensor
   at::Tensor tensor;
 };
 
@@ -15,6 +19,7 @@ struct crst_results {
     std::string name;
     std::optional<int64_t> texts;  // how many byte strings `tensor` holds, in the wire's framing
   };
+  std::shared_ptr<const void> owner;  // of memory that the results may lie in; goes after them
   std::vector<Result> results;
   uint64_t input_ns = 0;
   uint64_t infer_ns = 0;
@@ -37,7 +42,20 @@ at::Tensor tensor_of(const crst_input& input, const std::string& name, at::Devic
 // The byte strings of an input. Refuses with CRST_BAD_INPUT.
 c10::List<std::string> texts_of(const crst_input& input, const std::string& name);
 
-// Takes apart what a module returned: tuples, lists and dicts become one result for each value in them.
+// How a thread has to be set while it runs a model.
+struct Turn {
+  c10::InferenceMode inference;
+  c10::OptionalDeviceGuard on_device;
+
+  explicit Turn(at::Device device) {
+    if (!device.is_cpu()) {
+      on_device.reset_device(device);
+    }
+  }
+};
+
+// Takes apart what a model returned, and adds it to the results: tuples, lists and dicts become one result
+// for each value in them.
 void gather(IValue returned, crst_results& results);
 
 }  // namespace crst

@@ -33,6 +33,7 @@ pub const PROGRAM: Program = Program {
         Setting::new("queue-mib-max", Some("512"), "MIB", "Input bytes that may wait for one model"),
         Setting::new("message-mib-max", Some("2047"), "MIB", "The largest message that is taken or sent"),
         Setting::new("drain-ms", Some("5000"), "MS", "How long open calls may go on after a stop was asked for"),
+        Setting::new("null-engine", Some("false"), "BOOL", "Serve models that answer without a model, for scale tests only"),
         Setting::new("log", Some("info"), "FILTER", "What is logged, as in info,cresset_worker=debug"),
         Setting::new("exit-with-parent", None, "PID", "Die when this parent process dies"),
     ],
@@ -89,6 +90,8 @@ pub struct Config {
     pub message_bytes_max: usize,
     /// How long open calls may go on at the end.
     pub drain: Duration,
+    /// Whether models of the null engine are served.
+    pub null_engine: bool,
     /// The log filter.
     pub log: String,
     /// The parent to die with.
@@ -143,6 +146,7 @@ impl Config {
             bounds,
             message_bytes_max,
             drain: Duration::from_millis(settings.required("drain-ms")),
+            null_engine: settings.required("null-engine"),
             log: settings.required("log"),
             exit_with_parent: settings.optional("exit-with-parent"),
         };

@@ -55,7 +55,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     config::{Config, DeviceChoice},
-    engine::{Device, EngineError, TorchEngine, cuda, device::DeviceThread, set_threads},
+    engine::{AnyEngine, Device, EngineError, cuda, device::DeviceThread, set_threads},
     membership::{Introduction, Membership, Tie},
     models::{Models, Runner},
     predict::Worker,
@@ -94,7 +94,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     for (device, _) in &devices {
         threads.push(DeviceThread::spawn(*device).map_err(Error::Thread)?);
     }
-    let models = Models::new(Repository::new(&config.model_repository), Arc::new(TorchEngine), threads, config.bounds);
+    let engine = Arc::new(AnyEngine { null_enabled: config.null_engine });
+    let models = Models::new(Repository::new(&config.model_repository), engine, threads, config.bounds);
     let worker = Worker::new(config.id.clone(), incarnation(), models);
     let introduction = Introduction {
         grpc_address: server::address(&listeners.grpc)?.to_string(),

@@ -27,7 +27,7 @@ use crate::{
     contract::{Contract, ContractError, InstanceKind, Memory, OutputSpec},
     decoupled::Decoupled,
     engine::{
-        Device, Engine, EngineError, InputBinding, LoadSpec, OutputBinding, Signature,
+        Device, Engine, EngineError, EngineKind, InputBinding, LoadSpec, OutputBinding, Signature,
         device::{DeviceThread, PlacedModel},
     },
     error::PredictError,
@@ -299,7 +299,9 @@ impl Inner {
         let read = |sub: &str, file: &str| read_side_file(&folder.join(sub).join(file), sub, file);
         contract.labels = labels(&contract, |file| read("", file)).map_err(LoadError::File)?;
         let initial = sequence::state::initial(&contract, |file| read("initial_state", file)).map_err(LoadError::File)?;
-        let mut spec = load_spec(&contract, stored.file)?;
+        let kind =
+            EngineKind::of(&config.platform, &config.backend, &stored.file, &contract.parameters).map_err(ContractError)?;
+        let mut spec = load_spec(&contract, stored.file, kind)?;
         let mut instances = Vec::new();
         let devices = self.places(&contract)?;
         for device in devices.iter().copied() {
@@ -384,10 +386,10 @@ fn runner(
 }
 
 /// What the engine has to know. The device is filled in for each instance.
-fn load_spec(contract: &Contract, path: std::path::PathBuf) -> Result<LoadSpec, LoadError> {
+fn load_spec(contract: &Contract, path: std::path::PathBuf, kind: EngineKind) -> Result<LoadSpec, LoadError> {
     let inputs = contract.inputs.iter().map(|spec| (spec.name.as_str(), spec.datatype)).chain(contract.hidden_inputs());
-    let outputs = contract.outputs.iter().map(|spec| (&spec.name, spec.datatype));
-    let states = contract.states().iter().map(|state| (&state.output, state.datatype));
+    let outputs = contract.outputs.iter().map(|spec| (&spec.name, spec.datatype, spec.reshape.as_ref().unwrap_or(&spec.dims)));
+    let states = contract.states().iter().map(|state| (&state.output, state.datatype, &state.dims));
     let constants = contract.constants.iter().map(|(name, text)| match text.parse() {
         Ok(scalar) => Ok((name.clone(), scalar)),
         Err(text) => Err(LoadError::Scalar { name: name.clone(), text }),
@@ -395,12 +397,14 @@ fn load_spec(contract: &Contract, path: std::path::PathBuf) -> Result<LoadSpec, 
     Ok(LoadSpec {
         path,
         device: Device::Cpu,
+        kind,
         inputs: inputs.map(|(name, datatype)| InputBinding { name: name.to_owned(), datatype }).collect(),
         constants: constants.collect::<Result<_, _>>()?,
         outputs: outputs
             .chain(states)
-            .map(|(name, datatype)| OutputBinding { name: name.clone(), datatype: Some(datatype) })
+            .map(|(name, datatype, dims)| OutputBinding { name: name.clone(), datatype: Some(datatype), dims: dims.clone() })
             .collect(),
+        batched: contract.batch_rows_max > 0,
         decoupled: contract.decoupled,
     })
 }

@@ -38,6 +38,8 @@ mod call;
 pub mod cuda;
 pub mod device;
 mod error;
+mod kind;
+mod null;
 pub mod prepare;
 pub mod signature;
 pub mod testing;
@@ -51,9 +53,11 @@ pub use cresset_proto::tensor::Datatype;
 
 pub use self::call::{InputParts, OutputTensor, Outputs, Timing};
 pub use self::error::{EngineError, MESSAGE_BYTES_MAX, short_message};
+pub use self::kind::{AnyEngine, EngineKind};
+pub use self::null::NullSpec;
 pub use self::signature::{Argument, ArgumentKind, Signature};
 pub(crate) use self::torch::checkpoint as seal;
-pub use self::torch::{TorchEngine, set_threads};
+pub use self::torch::{PackageEngine, TorchEngine, set_threads};
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -122,6 +126,8 @@ pub struct OutputBinding {
     pub name: String,
     /// The datatype that the module has to return, if anybody cares.
     pub datatype: Option<Datatype>,
+    /// Its dimensions without the batch, -1 for any. Only an engine that makes answers up needs them.
+    pub dims: Vec<i64>,
 }
 
 /// What to load, and how its arguments and results map to the configuration.
@@ -131,12 +137,16 @@ pub struct LoadSpec {
     pub path: PathBuf,
     /// Where to put it.
     pub device: Device,
+    /// Which engine runs it.
+    pub kind: EngineKind,
     /// The inputs, in the configuration's order: the order of the inputs of every call.
     pub inputs: Vec<InputBinding>,
     /// Arguments of `forward` with a fixed value, by the argument's name.
     pub constants: BTreeMap<String, Scalar>,
     /// The outputs, in the configuration's order: the order of the outputs of every call.
     pub outputs: Vec<OutputBinding>,
+    /// Whether the first dimension of every input and output is the batch.
+    pub batched: bool,
     /// Whether requests get 0 to n responses, through [`Model::open_generation`].
     pub decoupled: bool,
 }

@@ -1,9 +1,24 @@
 //! Small TorchScript models for tests, made without Python. No server code uses this.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::EngineError;
 use super::torch::testing_save;
+use super::{Device, EngineError, EngineKind, LoadSpec};
+
+/// A TorchScript model on the CPU without inputs or outputs, to begin from.
+pub fn spec_of(path: &Path) -> LoadSpec {
+    LoadSpec {
+        path: path.to_path_buf(),
+        device: Device::Cpu,
+        kind: EngineKind::TorchScript,
+        inputs: Vec::new(),
+        constants: BTreeMap::new(),
+        outputs: Vec::new(),
+        batched: false,
+        decoupled: false,
+    }
+}
 
 /// A module in the making: TorchScript source for its methods, and attributes with initial values.
 ///

@@ -8,6 +8,7 @@ mod calls;
 pub(crate) mod checkpoint;
 mod ffi;
 mod native;
+mod package;
 mod types;
 
 use std::time::Instant;
@@ -17,9 +18,11 @@ use bytes::Bytes;
 use self::calls::CallShape;
 use self::native::Module;
 pub(super) use self::native::{cuda_load, cuda_memory, testing_save};
+pub use self::package::PackageEngine;
+use super::archive::{self, Layout};
 use super::error::{short_message, short_message_about};
 use super::signature::{self, Argument, ArgumentKind, Signature};
-use super::{Engine, EngineError, Generation, InputParts, LoadSpec, Model, Outputs, SequenceModel, Timing, archive};
+use super::{Engine, EngineError, Generation, InputParts, LoadSpec, Model, Outputs, SequenceModel, Timing};
 
 /// libtorch, linked for the CPU; [`super::cuda::load`] adds GPUs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -36,15 +39,8 @@ pub fn set_threads(intra: u16, inter: u16) -> Result<(), EngineError> {
 
 impl Engine for TorchEngine {
     fn load(&self, spec: &LoadSpec) -> Result<Box<dyn Model>, EngineError> {
-        let contents = archive::check(&spec.path).map_err(EngineError::CannotLoad)?;
-        let cannot_load = |refusal: native::Refusal| {
-            let message = short_message_about(refusal.text(), &spec.path);
-            match refusal.into_error() {
-                EngineError::OutOfMemory(_) => EngineError::OutOfMemory(message),
-                EngineError::DeviceLost(_) => EngineError::DeviceLost(message),
-                _ => EngineError::CannotLoad(message),
-            }
-        };
+        let contents = archive::check(&spec.path, Layout::TorchScript).map_err(EngineError::CannotLoad)?;
+        let cannot_load = |refusal| refusal_at_load(refusal, spec);
         let mut module = Module::load(&spec.path, spec.device).map_err(cannot_load)?;
         let signature = read_signature(&module.signature().map_err(cannot_load)?);
         let refuse = |why: String| EngineError::CannotLoad(short_message(&why));
@@ -65,6 +61,16 @@ impl Engine for TorchEngine {
 
     fn name(&self) -> &'static str {
         "libtorch"
+    }
+}
+
+/// What the shim said while a model was loaded.
+fn refusal_at_load(refusal: native::Refusal, spec: &LoadSpec) -> EngineError {
+    let message = short_message_about(refusal.text(), &spec.path);
+    match refusal.into_error() {
+        EngineError::OutOfMemory(_) => EngineError::OutOfMemory(message),
+        EngineError::DeviceLost(_) => EngineError::DeviceLost(message),
+        _ => EngineError::CannotLoad(message),
     }
 }
 

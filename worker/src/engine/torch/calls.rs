@@ -22,6 +22,11 @@ impl CallShape {
         Self { inputs: spec.inputs.clone(), outputs: spec.outputs.clone() }
     }
 
+    /// Whether a model that returns this many tensors has all outputs.
+    pub fn check_count(&self, count: usize) -> Result<(), String> {
+        places(&self.outputs, &vec![""; count], false).map(drop)
+    }
+
     /// Whether the inputs are those that were declared; what their bytes hold is checked where they are read.
     pub fn check(&self, inputs: &[InputParts]) -> Result<(), EngineError> {
         if inputs.len() != self.inputs.len() {

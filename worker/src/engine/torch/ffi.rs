@@ -69,7 +69,7 @@ pub struct View {
     pub name: Slice,
 }
 
-/// `crst_module`, `crst_sequence`, `crst_generation`, `crst_results` and `crst_tensor` are only ever pointed to.
+/// `crst_module`, `crst_sequence`, `crst_generation`, `crst_package`, `crst_results` and `crst_tensor` are only ever pointed to.
 pub type Handle = c_void;
 
 unsafe extern "C" {
@@ -123,6 +123,19 @@ unsafe extern "C" {
     ) -> i32;
     pub fn crst_generation_free(generation: *mut Handle);
     pub fn crst_generation_next(generation: *mut Handle, out: *mut *mut Handle, error: *mut Error) -> i32;
+
+    pub fn crst_package_load(path: *const c_char, cuda: i32, out: *mut *mut Handle, error: *mut Error) -> i32;
+    pub fn crst_package_free(package: *mut Handle);
+    pub fn crst_package_call_spec(package: *mut Handle, text: *mut *mut c_char, length: *mut usize, error: *mut Error) -> i32;
+    pub fn crst_package_bind(package: *mut Handle, names: *const Slice, count: usize, error: *mut Error) -> i32;
+    pub fn crst_package_bytes(package: *const Handle) -> u64;
+    pub fn crst_package_run(
+        package: *mut Handle,
+        inputs: *const Input,
+        count: usize,
+        out: *mut *mut Handle,
+        error: *mut Error,
+    ) -> i32;
 
     pub fn crst_results_count(results: *const Handle) -> usize;
     pub fn crst_results_times(results: *const Handle, input_ns: *mut u64, infer_ns: *mut u64);

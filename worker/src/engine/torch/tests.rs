@@ -13,17 +13,14 @@ fn binding(name: &str, datatype: Datatype) -> InputBinding {
 }
 
 fn output(name: &str) -> OutputBinding {
-    OutputBinding { name: name.into(), datatype: None }
+    OutputBinding { name: name.into(), datatype: None, dims: Vec::new() }
 }
 
 fn spec(path: &Path, inputs: &[&str], outputs: &[&str]) -> LoadSpec {
     LoadSpec {
-        path: path.to_path_buf(),
-        device: Device::Cpu,
         inputs: inputs.iter().map(|name| binding(name, Datatype::Fp32)).collect(),
-        constants: BTreeMap::new(),
         outputs: outputs.iter().map(|name| output(name)).collect(),
-        decoupled: false,
+        ..testing::spec_of(path)
     }
 }
 
@@ -248,5 +245,6 @@ fn files_that_are_no_models_are_refused_clearly() {
 
 mod datatypes;
 mod decoupled;
+mod packages;
 mod sequences;
 mod silero;

@@ -7,7 +7,7 @@ use crate::engine::Datatype::{Bytes as Text, Fp32, Int32, Int64, Uint16, Uint32,
 fn load_typed(script: &Script, inputs: &[(&str, Datatype)], outputs: &[(&str, Datatype)]) -> Result<Box<dyn Model>, EngineError> {
     let saved = saved(script);
     let mut spec = spec(&saved.path, &[], &[]);
-    let declared = |&(name, datatype): &(&str, Datatype)| OutputBinding { name: name.into(), datatype: Some(datatype) };
+    let declared = |&(name, datatype): &(&str, Datatype)| OutputBinding { datatype: Some(datatype), ..output(name) };
     spec.inputs = inputs.iter().map(|(name, datatype)| binding(name, *datatype)).collect();
     spec.outputs = outputs.iter().map(declared).collect();
     TorchEngine.load(&spec)

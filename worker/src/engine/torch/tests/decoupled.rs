@@ -114,6 +114,6 @@ fn a_module_that_writes_to_its_weights_is_not_decoupled() {
     .parameter("w", "torch.zeros([1])");
     let mut model = decoupled(&script, &["y"]).expect("the model loads");
     let mut generation = model.open_generation(&[floats(&[1], &[1.0])]).expect("opened");
-    let failed = generation.next().err().expect("it writes to what all share");
+    let failed = generation.next().expect_err("it writes to what all share");
     assert!(matches!(&failed, EngineError::Failed(why) if why.contains("writes to its own parameters")), "{failed}");
 }
