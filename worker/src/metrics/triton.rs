@@ -172,8 +172,8 @@ impl CpuTime {
         let all = user? + nice? + system? + rest + idle;
         let passed = all.saturating_sub(self.all);
         // Asked twice within a tick.
-        let share =
-            if passed == 0 { self.share } else { 1.0 - idle.saturating_sub(self.idle).min(passed) as f64 / passed as f64 };
+        let used = passed - idle.saturating_sub(self.idle).min(passed);
+        let share = if passed == 0 { self.share } else { used as f64 / passed as f64 };
         *self = Self { all, idle, share };
         Some(share)
     }
