@@ -12,12 +12,12 @@ use bytes::Bytes;
 use http::uri::PathAndQuery;
 use parking_lot::Mutex;
 use tokio::time::timeout;
-use tonic::{Request, client::Grpc, transport::Channel};
 
 use super::{
+    http2::Connection,
     lane::{Lane, Received},
     tally::{Answer, Failure},
-    wire::{BytesCodec, Head, Payload, Response, failure},
+    wire::{Head, Payload, Response},
 };
 
 static PATH: PathAndQuery = PathAndQuery::from_static("/inference.GRPCInferenceService/ModelInfer");
@@ -85,7 +85,7 @@ impl Numbers {
 /// How requests go.
 pub enum Way {
     /// Each a call of its own.
-    Unary(Box<Grpc<Channel>>),
+    Unary(Rc<Connection>),
     /// On a stream that several callers share.
     Stream(Rc<RefCell<Lane>>),
 }
@@ -130,8 +130,8 @@ impl Caller {
         let head = Head { id, sequence, wants_final: script.wants_final && id > 0 };
         let payload = Payload { head: head.encode(), body: script.body.clone() };
         let sent = async {
-            match &mut self.way {
-                Way::Unary(grpc) => unary(grpc, script, payload).await,
+            match &self.way {
+                Way::Unary(connection) => unary(connection, script, payload).await,
                 Way::Stream(lane) => {
                     let ticket = lane.borrow_mut().ticket(id);
                     ticket.call(payload).await
@@ -147,16 +147,11 @@ impl Caller {
     }
 }
 
-async fn unary(grpc: &mut Grpc<Channel>, script: &Script, payload: Payload) -> Result<Received, Failure> {
-    let mut request = Request::new(payload);
-    if script.tells_deadline {
-        request.set_timeout(script.limit);
-    }
-    let gone = |error| Failure { code: "UNAVAILABLE", message: format!("no connection: {error}") };
-    grpc.ready().await.map_err(gone)?;
-    let answer = grpc.unary(request, PATH.clone(), BytesCodec).await.map_err(|status| failure(&status))?;
+async fn unary(connection: &Connection, script: &Script, payload: Payload) -> Result<Received, Failure> {
+    let deadline = script.tells_deadline.then_some(script.limit);
+    let answer = connection.unary(&PATH, deadline, payload).await?;
     let outputs = match script.first {
-        Some(_) => Response::read(answer.into_inner())?.into_outputs(),
+        Some(_) => Response::read(answer)?.into_outputs(),
         None => Vec::new(),
     };
     Ok(Received { responses: 1, outputs })

@@ -1,18 +1,16 @@
 //! Streams: requests go in one after the other without waiting, answers find their requests by id.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
-use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
-use tonic::{Request, client::Grpc, transport::Channel};
 
 use super::{
+    http2::Connection,
     tally::Failure,
-    wire::{BytesCodec, Payload, Response, StreamAnswer, failure},
+    wire::{Payload, Response, StreamAnswer},
 };
 
 static PATH: PathAndQuery = PathAndQuery::from_static("/inference.GRPCInferenceService/ModelStreamInfer");
@@ -31,7 +29,7 @@ type Waiter = oneshot::Sender<Result<Received, Failure>>;
 
 /// A place for a stream; when one ends, the next request opens another.
 pub struct Lane {
-    grpc: Grpc<Channel>,
+    connection: Rc<Connection>,
     open: Option<Open>,
     /// After how many requests a stream is closed, if ever.
     requests_per_stream: Option<u64>,
@@ -44,7 +42,7 @@ pub struct Lane {
 
 struct Open {
     requests: mpsc::Sender<Payload>,
-    waiting: Arc<Mutex<Waiting>>,
+    waiting: Rc<RefCell<Waiting>>,
     sent: u64,
 }
 
@@ -52,7 +50,7 @@ struct Open {
 pub struct Ticket {
     requests: mpsc::Sender<Payload>,
     answer: oneshot::Receiver<Result<Received, Failure>>,
-    waiting: Arc<Mutex<Waiting>>,
+    waiting: Rc<RefCell<Waiting>>,
     id: u64,
 }
 
@@ -75,13 +73,13 @@ impl Ticket {
 
 /// Takes a request out of those that wait.
 struct Forget {
-    waiting: Arc<Mutex<Waiting>>,
+    waiting: Rc<RefCell<Waiting>>,
     id: u64,
 }
 
 impl Drop for Forget {
     fn drop(&mut self) {
-        self.waiting.lock().by_id.remove(&self.id);
+        self.waiting.borrow_mut().by_id.remove(&self.id);
     }
 }
 
@@ -127,8 +125,14 @@ impl Waiting {
 
 impl Lane {
     /// A lane on this connection, with no stream yet. Its streams run as `tasks`.
-    pub fn new(grpc: Grpc<Channel>, requests_per_stream: Option<u64>, capacity: usize, keeps: bool, tasks: TaskTracker) -> Self {
-        Self { grpc, open: None, requests_per_stream, capacity: capacity.max(1), keeps_outputs: keeps, tasks, opened: 0 }
+    pub fn new(
+        connection: Rc<Connection>,
+        requests_per_stream: Option<u64>,
+        capacity: usize,
+        keeps: bool,
+        tasks: TaskTracker,
+    ) -> Self {
+        Self { connection, open: None, requests_per_stream, capacity: capacity.max(1), keeps_outputs: keeps, tasks, opened: 0 }
     }
 
     /// Streams that were opened.
@@ -138,13 +142,13 @@ impl Lane {
 
     /// A place on the stream for the request with this id.
     pub fn ticket(&mut self, id: u64) -> Ticket {
-        let mut open = match self.open.take().filter(|open| open.waiting.lock().end.is_none()) {
+        let mut open = match self.open.take().filter(|open| open.waiting.borrow_mut().end.is_none()) {
             Some(open) => open,
             None => self.open_stream(),
         };
         let (waiter, answer) = oneshot::channel();
-        open.waiting.lock().by_id.insert(id, (waiter, Received::default()));
-        let ticket = Ticket { requests: open.requests.clone(), answer, waiting: Arc::clone(&open.waiting), id };
+        open.waiting.borrow_mut().by_id.insert(id, (waiter, Received::default()));
+        let ticket = Ticket { requests: open.requests.clone(), answer, waiting: Rc::clone(&open.waiting), id };
         open.sent += 1;
         // Without this sender the stream ends for the server when the last ticket has sent its request.
         self.open = Some(open).filter(|open| self.requests_per_stream.is_none_or(|most| open.sent < most));
@@ -153,36 +157,22 @@ impl Lane {
 
     fn open_stream(&mut self) -> Open {
         let (requests, outgoing) = mpsc::channel(self.capacity);
-        let waiting = Arc::new(Mutex::new(Waiting::default()));
-        let (grpc, keeps_outputs) = (self.grpc.clone(), self.keeps_outputs);
-        let followed = Arc::clone(&waiting);
-        self.tasks.spawn(async move {
-            let end = match follow(grpc, outgoing, &followed, keeps_outputs).await {
+        let waiting = Rc::new(RefCell::new(Waiting::default()));
+        let (connection, followed, keeps_outputs) = (Rc::clone(&self.connection), Rc::clone(&waiting), self.keeps_outputs);
+        self.tasks.spawn_local(async move {
+            let deliver = |bytes| {
+                followed.borrow_mut().deliver(StreamAnswer::read(bytes)?, keeps_outputs);
+                Ok(())
+            };
+            let end = match connection.stream(&PATH, outgoing, deliver).await {
                 Ok(()) => Failure { code: "UNAVAILABLE", message: "the stream ended before its answer".to_owned() },
                 Err(failure) => failure,
             };
-            followed.lock().end(&end);
+            followed.borrow_mut().end(&end);
         });
         self.opened += 1;
         Open { requests, waiting, sent: 0 }
     }
-}
-
-/// Runs one stream to its end. Some servers say nothing before their first response, so requests don't wait for it.
-async fn follow(
-    mut grpc: Grpc<Channel>,
-    outgoing: mpsc::Receiver<Payload>,
-    waiting: &Mutex<Waiting>,
-    keeps_outputs: bool,
-) -> Result<(), Failure> {
-    let gone = |error| Failure { code: "UNAVAILABLE", message: format!("no connection: {error}") };
-    grpc.ready().await.map_err(gone)?;
-    let opened = grpc.streaming(Request::new(ReceiverStream::new(outgoing)), PATH.clone(), BytesCodec).await;
-    let mut stream = opened.map_err(|status| failure(&status))?.into_inner();
-    while let Some(bytes) = stream.message().await.map_err(|status| failure(&status))? {
-        waiting.lock().deliver(StreamAnswer::read(bytes)?, keeps_outputs);
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //! | [`schedule`] | when requests of an open loop are due; pure but for a seed |
 //! | [`tally`] | latencies and failures, added up; pure |
 //! | [`wire`] | requests as bytes that are encoded once, and the little of an answer that is looked at |
+//! | [`http2`] | connections and calls |
 //! | [`caller`], [`lane`] | one request at a time, as a call of its own or on a shared stream |
 //! | [`drive`], [`timer`] | the closed and the open loop |
 //! | [`run`](mod@run) | threads, connections, the common start, CPU time |
@@ -15,6 +16,7 @@
 mod args;
 mod caller;
 mod drive;
+mod http2;
 mod inputs;
 mod lane;
 mod process;

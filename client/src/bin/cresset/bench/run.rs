@@ -2,8 +2,6 @@
 
 use std::{
     cell::RefCell,
-    io,
-    num::NonZero,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -11,20 +9,17 @@ use std::{
 use anyhow::Context;
 use tokio::{
     sync::{mpsc, oneshot},
-    task::JoinHandle,
+    task::{JoinHandle, LocalSet},
     time::sleep_until,
 };
 use tokio_util::task::TaskTracker;
-use tonic::{
-    client::Grpc,
-    transport::{Channel, Endpoint},
-};
 
 use super::{
     Load,
     args::Args,
     caller::{Caller, Numbers, Script, Way},
     drive::{self, Clock},
+    http2::Connection,
     lane::Lane,
     process::{self, Usage},
     report::Costs,
@@ -32,15 +27,10 @@ use super::{
     tally::{Tally, Window},
 };
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// From everybody being ready to the common start.
 const RUN_UP: Duration = Duration::from_millis(5);
 /// How long streams may take to end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// HTTP/2 windows, as large as tensors are.
-const STREAM_WINDOW_BYTES: u32 = 8 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
-
 /// One level of load.
 pub struct Run<'a> {
     args: &'a Args,
@@ -129,7 +119,7 @@ impl<'a> Run<'a> {
             // A thread of its own with a runtime of its own: nothing is shared, and nobody is woken across threads.
             threads.push(tokio::task::spawn_blocking(move || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                runtime.block_on(share.work(ready, begin))
+                LocalSet::new().block_on(&runtime, share.work(ready, begin))
             }));
         }
         drop(ready);
@@ -184,21 +174,25 @@ impl Share {
     async fn work(self, ready: mpsc::Sender<()>, begin: oneshot::Receiver<Instant>) -> anyhow::Result<Tally> {
         let mut connections = Vec::with_capacity(self.addresses.len());
         for address in &self.addresses {
-            connections.push(connect(address, self.callers_max()).await?);
+            let connection = Connection::open(address).await.map_err(|error| {
+                // The system's number for it helps nobody.
+                anyhow::anyhow!("no connection to {address}: {}", crate::settings::plain(&error))
+            })?;
+            connections.push(Rc::new(connection));
         }
         let tasks = TaskTracker::new();
         let lanes: Vec<_> = (0..self.streams as usize)
             .map(|number| {
-                let grpc = connections[number % connections.len()].clone();
+                let connection = Rc::clone(&connections[number % connections.len()]);
                 let keeps = self.script.first.is_some();
-                Rc::new(RefCell::new(Lane::new(grpc, self.requests_per_stream, self.callers_max(), keeps, tasks.clone())))
+                Rc::new(RefCell::new(Lane::new(connection, self.requests_per_stream, self.callers_max(), keeps, tasks.clone())))
             })
             .collect();
         let script = Rc::new(self.script.clone());
         let numbers = Rc::new(Numbers::after(first_sequence_id(self.part)));
         let hire = |number: usize| {
             let way = match lanes.len() {
-                0 => Way::Unary(Box::new(connections[number % connections.len()].clone())),
+                0 => Way::Unary(Rc::clone(&connections[number % connections.len()])),
                 lane_count => Way::Stream(Rc::clone(&lanes[number % lane_count])),
             };
             Caller::new(Rc::clone(&script), Rc::clone(&numbers), way)
@@ -243,34 +237,6 @@ fn first_sequence_id(part: u32) -> i64 {
     let run = i64::from(rand::random::<u32>() >> 2);
     let thread = i64::from(part) << 24;
     (run << 32) + thread
-}
-
-async fn connect(address: &str, requests_max: usize) -> anyhow::Result<Grpc<Channel>> {
-    let unreachable = || format!("no connection to {address}");
-    let requests = NonZero::new(requests_max).map_or(1, NonZero::get);
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))
-        .with_context(unreachable)?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .buffer_size(requests)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
-    let channel = endpoint.connect().await.map_err(|error| reason(&error)).with_context(unreachable)?;
-    Ok(Grpc::new(channel).max_decoding_message_size(usize::MAX))
-}
-
-/// The system's words at the bottom of a transport error, which itself says nothing.
-fn reason(error: &tonic::transport::Error) -> anyhow::Error {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(error);
-    let mut words = error.to_string();
-    while let Some(inner) = cause {
-        words = match inner.downcast_ref::<io::Error>() {
-            Some(io) => crate::settings::plain(io),
-            None => inner.to_string(),
-        };
-        cause = inner.source();
-    }
-    anyhow::Error::msg(words)
 }
 
 #[cfg(test)]

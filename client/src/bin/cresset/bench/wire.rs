@@ -1,15 +1,12 @@
 //! Requests as bytes and answers as little of them as is needed: the generator's own cost is to stay out of the figures.
 
-use bytes::{BufMut, Bytes};
+use bytes::Bytes;
 use cresset_proto::{
     inference::{InferParameter, ModelInferRequest, infer_parameter::ParameterChoice},
     parameters::{bool_parameter, int64_parameter, keys},
 };
 use prost::Message;
-use tonic::{
-    Code, Status,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-};
+use tonic::{Code, Status};
 
 use super::tally::Failure;
 
@@ -167,47 +164,6 @@ pub fn failure(status: &Status) -> Failure {
         Code::Unauthenticated => "UNAUTHENTICATED",
     };
     Failure { code, message: crate::output::one_line(status.message()) }
-}
-
-/// Takes payloads as they are, and gives messages back as bytes.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct BytesCodec;
-
-impl Codec for BytesCodec {
-    type Encode = Payload;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        *self
-    }
-
-    fn decoder(&mut self) -> Self {
-        *self
-    }
-}
-
-impl Encoder for BytesCodec {
-    type Item = Payload;
-    type Error = Status;
-
-    fn encode(&mut self, payload: Payload, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.reserve(payload.head.len() + payload.body.len());
-        buffer.put_slice(&payload.head);
-        buffer.put_slice(&payload.body);
-        Ok(())
-    }
-}
-
-impl Decoder for BytesCodec {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        use bytes::Buf;
-        Ok(Some(buffer.copy_to_bytes(buffer.remaining())))
-    }
 }
 
 #[cfg(test)]
