@@ -99,6 +99,9 @@ void crst_free(char* text);
 // Threads of the whole process; `inter` can be set once only, later values are ignored.
 int32_t crst_set_threads(int32_t intra, int32_t inter, crst_error* error);
 
+// Gives what malloc keeps of freed memory back to the system.
+void crst_give_memory_back(void);
+
 // Opens libtorch_cuda.so. It has to come before anything else that asks libtorch for a GPU.
 int32_t crst_cuda_load(const char* path, int32_t* devices, crst_error* error);
 int32_t crst_cuda_memory(int32_t ordinal, uint64_t* free_bytes, uint64_t* total_bytes, crst_error* error);

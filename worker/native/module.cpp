@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
+#include <malloc.h>
 #include <torch/csrc/api/include/torch/cuda.h>
 #include <torch/csrc/jit/passes/tensorexpr_fuser.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
@@ -126,6 +127,12 @@ int32_t crst_set_threads(int32_t intra, int32_t inter, crst_error* error) {
     static std::once_flag once;
     std::call_once(once, [&] { at::set_num_interop_threads(inter); });
   });
+}
+
+void crst_give_memory_back(void) {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
 }
 
 int32_t crst_cuda_load(const char* path, int32_t* devices, crst_error* error) {

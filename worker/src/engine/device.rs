@@ -7,11 +7,13 @@
 //!
 //! Absent on purpose: queues, priorities and deadlines, which belong to whoever drives or waits.
 
+mod garbage;
+
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -19,6 +21,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
+pub use self::garbage::freed;
 use super::{Device, EngineError, Generation, InputParts, Model, Outputs, SequenceModel, Signature, short_message};
 
 /// Jobs in slots that are ready while one runs.
@@ -100,7 +103,7 @@ impl DeviceThread {
         let (memory_bytes, signature) = (model.memory_bytes(), model.signature().clone());
         PlacedModel {
             thread: self.clone(),
-            model: Arc::new(Kept::new(model)),
+            model: Arc::new(Kept::large(model)),
             facts: Arc::new(Facts { memory_bytes, signature }),
         }
     }
@@ -173,7 +176,7 @@ impl Slot {
         let (kept, thread) = (Arc::clone(&model.model), model.thread.clone());
         self.submit(IfAbandoned::Skip, move || {
             let sequence = kept.with(|model| model.open_sequence())?;
-            Ok(PlacedSequence { thread, sequence: Arc::new(Kept::new(sequence)) })
+            Ok(PlacedSequence { thread, sequence: Arc::new(Kept::small(sequence)) })
         })
     }
 
@@ -212,7 +215,7 @@ impl Slot {
         let (kept, thread) = (Arc::clone(&model.model), model.thread.clone());
         self.submit(IfAbandoned::Skip, move || {
             let generation = kept.with(|model| model.open_generation(&inputs))?;
-            Ok(PlacedGeneration { thread, generation: Arc::new(Kept::new(generation)) })
+            Ok(PlacedGeneration { thread, generation: Arc::new(Kept::small(generation)) })
         })
     }
 
@@ -436,15 +439,24 @@ impl PlacedGeneration {
 
 /// Something that only jobs touch and that is freed on the thread for freeing. The lock is never
 /// waited for: jobs run one after the other.
-struct Kept<T: ?Sized + Send + 'static>(Option<Mutex<Box<T>>>);
+struct Kept<T: ?Sized + Send + 'static> {
+    value: Option<Mutex<Box<T>>>,
+    is_large: bool,
+}
 
 impl<T: ?Sized + Send + 'static> Kept<T> {
-    fn new(value: Box<T>) -> Self {
-        Self(Some(Mutex::new(value)))
+    /// A model: its weights are in nobody else's hands.
+    fn large(value: Box<T>) -> Self {
+        Self { value: Some(Mutex::new(value)), is_large: true }
+    }
+
+    /// A copy that shares its weights.
+    fn small(value: Box<T>) -> Self {
+        Self { value: Some(Mutex::new(value)), is_large: false }
     }
 
     fn with<R>(&self, use_it: impl FnOnce(&mut T) -> Result<R, EngineError>) -> Result<R, EngineError> {
-        match &self.0 {
+        match &self.value {
             Some(value) => use_it(&mut value.lock()),
             None => Err(EngineError::Failed("the model is being freed".into())),
         }
@@ -453,24 +465,9 @@ impl<T: ?Sized + Send + 'static> Kept<T> {
 
 impl<T: ?Sized + Send + 'static> Drop for Kept<T> {
     fn drop(&mut self) {
-        if let Some(value) = self.0.take() {
-            free(Box::new(value));
+        if let Some(value) = self.value.take() {
+            garbage::free(Box::new(value), self.is_large);
         }
-    }
-}
-
-/// Frees something on the thread for it: giving a large model's memory back takes milliseconds.
-fn free(garbage: Box<dyn Send>) {
-    type Garbage = Mutex<std::sync::mpsc::Sender<Box<dyn Send>>>;
-    static FREER: OnceLock<Option<Garbage>> = OnceLock::new();
-    let freer = FREER.get_or_init(|| {
-        let (sender, receiver) = std::sync::mpsc::channel::<Box<dyn Send>>();
-        let thread = std::thread::Builder::new().name("engine-free".into()).spawn(move || receiver.into_iter().for_each(drop));
-        thread.is_ok().then(|| Mutex::new(sender))
-    });
-    if let Some(freer) = freer {
-        // If that thread is gone, the error gives the garbage back and it is freed right here.
-        drop(freer.lock().send(garbage));
     }
 }
 

@@ -17,7 +17,7 @@ use bytes::Bytes;
 
 use self::calls::CallShape;
 use self::native::Module;
-pub(super) use self::native::{cuda_load, cuda_memory, testing_save};
+pub(super) use self::native::{cuda_load, cuda_memory, give_memory_back, testing_save};
 pub use self::package::PackageEngine;
 use super::archive::{self, Layout};
 use super::error::{short_message, short_message_about};

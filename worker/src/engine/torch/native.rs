@@ -137,6 +137,12 @@ pub fn set_threads(intra: i32, inter: i32) -> Result<(), Refusal> {
     checked(|error| unsafe { ffi::crst_set_threads(intra, inter, error) })
 }
 
+/// Gives freed memory back to the system.
+pub fn give_memory_back() {
+    // SAFETY: no pointers; it may be called from any thread at any time.
+    unsafe { ffi::crst_give_memory_back() }
+}
+
 /// Opens `libtorch_cuda.so`; returns how many GPUs there are.
 pub fn cuda_load(path: &Path) -> Result<i32, Refusal> {
     let path = c_path(path)?;
