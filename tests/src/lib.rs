@@ -1,6 +1,6 @@
 //! What tests, the demo and later measurements share.
 //!
-//! - [`bench`]: the parts of `make bench`.
+//! - [`mod@bench`]: the parts of `make bench`.
 //! - [`harness`]: a real cluster of real processes, and ways to hurt it.
 //! - [`mod@reference`]: the same model run in this process, without a cluster, to compare with.
 //! - [`speech`]: the recorded speech that the voice-activity model is fed with.

@@ -1,13 +1,17 @@
 //! What all parts of the bench share: the models, how long things may take, and clusters.
 
-use std::time::Duration;
+use std::{cell::Cell, fs, io, time::Duration};
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::{
     generator::Generator,
     inprocess::Threads,
     models::{self, MODELS, Model},
 };
-use crate::harness::{Cluster, Error, ModelRepository, Options};
+use crate::harness::{Cluster, Error, ModelRepository, Options, Process, failed};
 
 /// The coordinator that requests go through.
 pub const COORDINATOR: &str = "c1";
@@ -49,6 +53,9 @@ pub struct Stage {
     pub pace: Pace,
     /// Cores of this machine, which the worker, the coordinator and the generator share.
     pub cores: u16,
+    /// For the clusters' folders.
+    scratch: TempDir,
+    clusters: Cell<u32>,
 }
 
 impl Stage {
@@ -58,7 +65,31 @@ impl Stage {
     /// As [`models::repository`].
     pub fn set(pace: Pace) -> Result<Self, Error> {
         let cores = std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX));
-        Ok(Self { repository: models::repository(|_| 64)?, pace, cores })
+        let scratch = tempfile::Builder::new().prefix("cresset-bench-").tempdir().map_err(failed("no temporary folder"))?;
+        Ok(Self { repository: models::repository(|_| 64)?, pace, cores, scratch, clusters: Cell::new(0) })
+    }
+
+    /// On Ctrl-C and SIGTERM stops what this process has started before the process itself, and removes what was made.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn end_with_signals(&self) -> io::Result<()> {
+        const INTERRUPTED: i32 = 130;
+        let folders = [self.repository.path().to_owned(), self.scratch.path().to_owned()];
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (mut terminate, mut interrupt) = {
+            let _within = runtime.enter();
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
+        };
+        std::thread::spawn(move || {
+            runtime.block_on(async {
+                tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            });
+            end_children();
+            folders.iter().for_each(|folder| drop(fs::remove_dir_all(folder)));
+            std::process::exit(INTERRUPTED);
+        });
+        Ok(())
     }
 
     /// A cluster of one coordinator and one worker that serves all models. Blocks.
@@ -68,7 +99,9 @@ impl Stage {
     pub fn cluster(&self) -> Result<Cluster, Error> {
         let names: Vec<_> = MODELS.iter().map(|model| model.name).collect();
         let model_repository = self.repository.path().to_owned();
-        Cluster::start(&Options { coordinators: 1, workers: 1, model_repository, ..Options::deploying(&names) })
+        let number = self.clusters.replace(self.clusters.get() + 1);
+        let data_dir = Some(self.scratch.path().join(format!("cluster{number}")));
+        Cluster::start(&Options { coordinators: 1, workers: 1, model_repository, data_dir, ..Options::deploying(&names) })
     }
 
     /// Load straight to the worker.
@@ -90,5 +123,18 @@ impl Stage {
     /// One caller with all cores to itself.
     pub fn one_caller(&self) -> Threads {
         Threads { callers: 1, intra: self.cores }
+    }
+}
+
+/// Asks all children of this process to end, and waits for them.
+fn end_children() {
+    const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+    let lists = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let lists = lists.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    let pids: Vec<u32> = lists.flat_map(|list| list.split(' ').filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect();
+    let children: Vec<_> = pids.into_iter().filter_map(|pid| Process::adopt("a child", pid).ok()).collect();
+    for child in &children {
+        let asked = child.signal(Signal::TERM).and_then(|()| child.wait(STOP_TIMEOUT));
+        asked.unwrap_or_else(|error| eprintln!("cresset-bench: {error}"));
     }
 }

@@ -82,6 +82,7 @@ fn bench(args: &Args) -> anyhow::Result<()> {
 
     say("making the models");
     let stage = Stage::set(pace)?;
+    stage.end_with_signals()?;
     let machine = Machine::ask(stage.cores);
     let mut results = Results { machine, rounds: pace.rounds, overhead: None, throughput: None, tail: None, memory: None };
     let mut tuning = None;
