@@ -4,7 +4,7 @@
 FETCH := python3 deploy/bootstrap/fetch.py
 CARGO_FLAGS := --release --workspace --locked
 
-.PHONY: help fetch build models up demo bench test fmt lint doc deny clean-data
+.PHONY: help fetch build models up demo bench test fuzz fmt lint doc deny clean-data
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -36,6 +36,9 @@ test: fetch models ## run every test
 	@$(FETCH) venv
 	python3 deploy/bootstrap/test_fetch.py
 	cargo test $(CARGO_FLAGS) $(TEST_FLAGS)
+
+fuzz: fetch ## an hour of rubbish against requests and configurations; FUZZ_SECONDS sets the time
+	CRESSET_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),3600) cargo test $(CARGO_FLAGS) --package cresset-tests --test fuzz -- --nocapture
 
 fmt: ## format the sources
 	cargo fmt --all

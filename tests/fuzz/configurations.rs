@@ -7,15 +7,26 @@ use rand::{Rng, rngs::StdRng, seq::IndexedRandom};
 
 use crate::{Cases, bounded, random, scramble};
 
-const CORPUS: [&str; 3] = [
-    include_str!("corpus/everything.pbtxt"),
-    include_str!("corpus/sequences.pbtxt"),
-    include_str!("corpus/decoupled.pbtxt"),
-];
+const CORPUS: [&str; 3] =
+    [include_str!("corpus/everything.pbtxt"), include_str!("corpus/sequences.pbtxt"), include_str!("corpus/decoupled.pbtxt")];
 /// What numbers and words are replaced by.
 const ODD: [&str; 16] = [
-    "-1", "0", "1", "2147483647", "-2147483648", "9223372036854775807", "99999999999999999999", "1e400", "nan", "\"\"", "'\\x00'",
-    "TYPE_INVALID", "{", "}", "[", "# to the end",
+    "-1",
+    "0",
+    "1",
+    "2147483647",
+    "-2147483648",
+    "9223372036854775807",
+    "99999999999999999999",
+    "1e400",
+    "nan",
+    "\"\"",
+    "'\\x00'",
+    "TYPE_INVALID",
+    "{",
+    "}",
+    "[",
+    "# to the end",
 ];
 
 #[test]
@@ -27,7 +38,7 @@ fn any_configuration_is_read_or_refused_with_a_place() {
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             bounded(case, text.len(), || match parse_pbtxt(&text) {
                 Ok(config) => {
-                    let _ = effective(&config);
+                    let _ = effective(&config, &[]);
                     match Contract::read(&config) {
                         Ok(contract) => {
                             assert!(contract.instances_total() >= 1);

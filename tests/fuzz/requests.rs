@@ -15,7 +15,11 @@ use cresset_proto::{
 };
 use cresset_tests::harness::{ModelRepository, fp32_model};
 use cresset_worker::{
-    engine::{Device, TorchEngine, device::DeviceThread, testing::{self, Script}},
+    engine::{
+        Device, TorchEngine,
+        device::DeviceThread,
+        testing::{self, Script},
+    },
     error::PredictError,
     models::Models,
     predict::{Begun, Worker},
@@ -30,8 +34,10 @@ use crate::{Cases, bounded, random, scramble};
 
 const MODELS: [&str; 5] = ["rows", "one", "words", "sums", "repeat"];
 const NAMES: [&str; 9] = ["rows", "one", "words", "sums", "repeat", "x", "y", "count", ""];
-const DATATYPES: [&str; 16] =
-    ["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BYTES", "BF16", "", "fp32"];
+const DATATYPES: [&str; 16] = [
+    "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BYTES", "BF16",
+    "", "fp32",
+];
 const PATIENCE: Duration = Duration::from_secs(60);
 
 async fn worker(repository: &ModelRepository) -> Arc<Worker> {
@@ -58,7 +64,7 @@ async fn worker(repository: &ModelRepository) -> Arc<Worker> {
         let config = stored.config.encode_to_vec().into();
         Assignment { model: stored.name, version: 1, shard: 0, generation: 1, config, digest: stored.digest }
     });
-    worker.models.act_on(&Intent { epoch: 1, assignments: assignments.to_vec(), ..Default::default() }).unwrap();
+    worker.models.act_on(&Intent { epoch: 1, assignments: assignments.to_vec() }).unwrap();
     let mut changes = worker.models.changes();
     let ready = async {
         while !worker.models.observed().iter().all(|replica| replica.state() == ReplicaState::Ready) {
@@ -128,10 +134,16 @@ fn valid(model: &str) -> ModelInferRequest {
         _ => ("x", "FP32", vec![2], vec![0; 8]),
     };
     let tensor = InferInputTensor { name: input.into(), datatype: datatype.into(), shape, ..Default::default() };
-    let mut request =
-        ModelInferRequest { model_name: model.into(), inputs: vec![tensor], raw_input_contents: vec![data.into()], ..Default::default() };
+    let mut request = ModelInferRequest {
+        model_name: model.into(),
+        inputs: vec![tensor],
+        raw_input_contents: vec![data.into()],
+        ..Default::default()
+    };
     if model == "sums" {
-        for (key, value) in [(keys::SEQUENCE_ID, ParameterChoice::Int64Param(7)), (keys::SEQUENCE_START, ParameterChoice::BoolParam(true))] {
+        for (key, value) in
+            [(keys::SEQUENCE_ID, ParameterChoice::Int64Param(7)), (keys::SEQUENCE_START, ParameterChoice::BoolParam(true))]
+        {
             request.parameters.insert(key.into(), InferParameter { parameter_choice: Some(value) });
         }
     }
@@ -150,7 +162,10 @@ fn request(random: &mut StdRng) -> ModelInferRequest {
 fn change(request: &mut ModelInferRequest, random: &mut StdRng) {
     match random.random_range(0..11) {
         0 => request.model_name = name(random),
-        1 => request.model_version = ["", "1", "2", "-1", "latest", "99999999999999999999"].choose(random).copied().unwrap_or("").into(),
+        1 => {
+            request.model_version =
+                ["", "1", "2", "-1", "latest", "99999999999999999999"].choose(random).copied().unwrap_or("").into()
+        }
         2 => request.raw_input_contents.push(data(random)),
         3 => drop(request.raw_input_contents.pop()),
         4 => request.outputs.push(InferRequestedOutputTensor { name: name(random), parameters: [parameter(random)].into() }),
@@ -198,8 +213,19 @@ fn input(random: &mut StdRng) -> InferInputTensor {
 
 fn parameter(random: &mut StdRng) -> (String, InferParameter) {
     let known = [
-        keys::SEQUENCE_ID, keys::SEQUENCE_START, keys::SEQUENCE_END, keys::PRIORITY, keys::TIMEOUT, keys::EMPTY_FINAL, keys::UNORDERED,
-        "classification", "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size", "triton_x", "anything",
+        keys::SEQUENCE_ID,
+        keys::SEQUENCE_START,
+        keys::SEQUENCE_END,
+        keys::PRIORITY,
+        keys::TIMEOUT,
+        keys::EMPTY_FINAL,
+        keys::UNORDERED,
+        "classification",
+        "shared_memory_region",
+        "shared_memory_offset",
+        "shared_memory_byte_size",
+        "triton_x",
+        "anything",
     ];
     let value = match random.random_range(0..6) {
         0 => Some(ParameterChoice::BoolParam(random.random())),

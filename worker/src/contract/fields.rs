@@ -47,7 +47,8 @@ pub(super) fn ignored(config: &ModelConfig) -> Vec<String> {
         (config.input.iter().any(|input| input.format != 0), "input.format"),
     ]
     .into_iter()
-    .filter_map(|(set, field)| set.then(|| field.to_owned()))
+    .filter(|(set, _)| *set)
+    .map(|(_, field)| field.to_owned())
     .collect();
     for group in &config.instance_group {
         for (set, field) in [
