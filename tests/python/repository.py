@@ -100,7 +100,7 @@ def a_model_that_cannot_be_served_says_why_and_harms_nobody(place):
         "corrupt": ["load failed for model 'corrupt'"],
         "truncated": ["load failed for model 'truncated'"],
         "wrong_arguments": ["load failed for model 'wrong_arguments'"],
-        "texts": ["load failed for model 'texts'", "TYPE_STRING"],
+        "texts": ["load failed for model 'texts'", "BYTES"],
         "decoupled": ["load failed for model 'decoupled'", "decoupled"],
     }.items():
         refused(INTERNAL, parts, lambda: client.load_model(name, client_timeout=LOAD_S))

@@ -39,6 +39,8 @@ fn prepared() -> Prepared {
     for datatype in DATATYPES {
         add(format!("echo_{}", datatype.to_lowercase()), one_input(datatype, "[ -1 ]", "y"), &echo);
     }
+    let words = script("def forward(self, x: List[str]) -> List[str]:\n  return x\n");
+    add("echo_bytes".into(), one_input("STRING", "[ -1 ]", "y"), &words);
     let shapes = one_input("INT16", "[ -1, -1, -1, -1 ]", "y")
         + "output [ { name: \"flipped\" data_type: TYPE_INT16 dims: [ -1, -1, -1, -1 ] } ]";
     add("echo_shape".into(), shapes, &script("def forward(self, x):\n  return x, x.permute(3, 2, 1, 0)\n"));
@@ -51,8 +53,13 @@ fn prepared() -> Prepared {
     add("brittle_sum".into(), one_input("FP32", "[ 1 ]", "y") + SEQUENCES, &script(brittle).buffer("total", "torch.zeros([])"));
     let batched = "def forward(self, x):\n  self.total = self.total + x.sum()\n  return self.total.reshape([1, 1])\n";
     add("batched_sum".into(), fp32_model(4, SEQUENCES), &script(batched).buffer("total", "torch.zeros([])"));
-    let counting = "def forward(self, x):\n  self.calls += 1\n  return x * 0 + self.calls\n";
-    add("counting".into(), one_input("FP32", "[ -1 ]", "y"), &script(counting).attribute("calls", "int", "0"));
+    // Takes long for a negative number.
+    let counting = script(
+        "def forward(self, x):\n  self.calls += 1\n  if float(x[0]) < 0.0:\n    m = self.matrix\n    for i in range(300000):\n      \
+         m = torch.tanh(torch.mm(m, self.matrix))\n    x = x + m[0, 0] * 0\n  return x * 0 + self.calls\n",
+    );
+    let counting = counting.attribute("calls", "int", "0").parameter("matrix", "torch.ones([16, 16]) * 0.001");
+    add("counting".into(), one_input("FP32", "[ -1 ]", "y"), &counting);
     add("slow".into(), fp32_model(1, ""), &testing::slow(16, 300_000));
     broken(&repository, &echo);
     repository.add_script("spare", &one_input("FP32", "[ -1 ]", "y"), &echo).unwrap();
