@@ -132,7 +132,10 @@ pub fn plan(state: &ClusterState, policy: &Policy, memory_free_bytes: &BTreeMap<
 struct Load<'a> {
     zone: &'a str,
     replicas: u32,
-    memory_free_bytes: u64,
+    /// Below 0 where more was placed than fits by today's figures.
+    memory_free_bytes: i128,
+    /// Whether the worker said how much is free.
+    is_reported: bool,
 }
 
 fn loads<'a>(
@@ -143,27 +146,33 @@ fn loads<'a>(
     let mut loads = BTreeMap::new();
     for (id, worker) in state.workers_ready() {
         let whole = worker.devices.iter().fold(0_u64, |sum, device| sum.saturating_add(device.memory_bytes));
-        let memory_free_bytes = match memory_free_bytes.get(id) {
+        let reported = memory_free_bytes.get(id);
+        let memory_free_bytes = match reported {
             Some(free) if whole > 0 || *free > 0 => *free,
             None if whole > 0 => whole,
             _ => u64::MAX, // a worker that doesn't know its memory decides by trying
         };
-        loads.insert(id, Load { zone: &worker.zone, replicas: 0, memory_free_bytes });
+        let (memory_free_bytes, is_reported) = (i128::from(memory_free_bytes), reported.is_some());
+        loads.insert(id, Load { zone: &worker.zone, replicas: 0, memory_free_bytes, is_reported });
     }
     for (id, replica) in &state.replicas {
         let Some(load) = loads.get_mut(&id.worker) else { continue };
         load.replicas += 1;
-        // A heartbeat's figure already lacks what is loaded, and doesn't yet lack what is only on its way.
-        let counted = match replica.state {
-            ReplicaState::Ready => memory_free_bytes.contains_key(&id.worker),
-            ReplicaState::Assigned | ReplicaState::Loading => false,
-            ReplicaState::Failed => true,
-        };
-        if !counted && let Some(deployment) = state.models.get(&id.key()) {
-            load.memory_free_bytes = load.memory_free_bytes.saturating_sub(need_bytes(deployment, policy));
+        if let Some(deployment) = state.models.get(&id.key()) {
+            load.memory_free_bytes -= i128::from(held_bytes(replica, deployment, policy, load.is_reported));
         }
     }
     loads
+}
+
+/// What a replica takes that the figure of its worker's free memory doesn't lack already.
+fn held_bytes(replica: &Replica, deployment: &Deployment, policy: &Policy, is_reported: bool) -> u64 {
+    // A heartbeat's figure already lacks what is loaded, and doesn't yet lack what is only on its way.
+    match replica.state {
+        ReplicaState::Ready if is_reported => 0,
+        ReplicaState::Failed => 0,
+        ReplicaState::Ready | ReplicaState::Assigned | ReplicaState::Loading => need_bytes(deployment, policy),
+    }
 }
 
 fn need_bytes(deployment: &Deployment, policy: &Policy) -> u64 {
@@ -179,7 +188,7 @@ struct Fit<'a> {
     /// Spread.
     replicas: u32,
     /// Leave room where there is little. Coarse, since free memory changes by itself.
-    memory_free_gib: std::cmp::Reverse<u64>,
+    memory_free_gib: std::cmp::Reverse<i128>,
     /// And always agree.
     worker: &'a WorkerId,
 }
@@ -228,9 +237,11 @@ impl<'a> Planner<'a> {
                 }
             };
             let Some(index) = (0..staying.len()).min_by_key(|index| worth(&staying[*index])) else { return };
-            let (worker, _) = staying.remove(index);
+            let (worker, replica) = staying.remove(index);
             if let Some(load) = self.loads.get_mut(worker) {
                 load.replicas = load.replicas.saturating_sub(1);
+                // Else the next plan would find room that this one didn't see.
+                load.memory_free_bytes += i128::from(held_bytes(replica, deployment, self.policy, load.is_reported));
             }
             self.plan.remove.push(replica_id(key, shard, worker));
         }
@@ -245,7 +256,7 @@ impl<'a> Planner<'a> {
                 Some(worker) => {
                     if let Some(load) = self.loads.get_mut(worker) {
                         load.replicas += 1;
-                        load.memory_free_bytes = load.memory_free_bytes.saturating_sub(need_bytes(deployment, self.policy));
+                        load.memory_free_bytes -= i128::from(need_bytes(deployment, self.policy));
                     }
                     self.plan.add.push(replica_id(key, shard, worker));
                     if count + 1 < wanted {
@@ -269,7 +280,7 @@ impl<'a> Planner<'a> {
         let hosts: Vec<&WorkerId> = found.staying.iter().map(|(worker, _)| *worker).chain(planned).collect();
         let need_bytes = need_bytes(deployment, self.policy);
         let candidates = self.loads.iter().filter(|(worker, load)| {
-            !hosts.contains(worker) && need_bytes <= load.memory_free_bytes // must
+            !hosts.contains(worker) && i128::from(need_bytes) <= load.memory_free_bytes // must
         });
         let fits = candidates.map(|(worker, load)| Fit {
             replicas_in_zone: self.zone_count(load.zone, hosts.iter().copied()),
