@@ -36,7 +36,7 @@ use cresset_worker::{
 };
 use futures::future::join_all;
 use prost::Message;
-use tokio::time::timeout;
+use tokio::{sync::watch, time::timeout};
 use tonic::Code;
 
 /// Longer than any of this takes.
@@ -286,6 +286,35 @@ async fn a_request_whose_caller_left_is_never_run() {
     assert_eq!(values(&bench.infer(vector("counting", &[0.0])).await.unwrap()), [so_far + 4.0], "abandoned requests were run");
 }
 
+/// Calls a model without a pause and counts what was served and what was refused, which only "goes" may do.
+async fn call_until(name: &str, worker: Arc<Worker>, counts: watch::Sender<(u32, u32)>, stopped: watch::Receiver<bool>) {
+    while !*stopped.borrow() {
+        let answer = worker.begin(batch_of(name, &[1.0, 2.0]), None, tracing::Span::none());
+        match timeout(PATIENCE, answer).await.expect("a request was forgotten") {
+            Ok(response) => {
+                assert_eq!(values(&response), [2.0, 3.0]);
+                counts.send_modify(|(served, _)| *served += 1);
+            }
+            Err(error) => {
+                let expected = matches!(error.reason(), Reason::UnknownModel | Reason::NotHere);
+                assert!(expected && name == "goes", "{name}: {error}");
+                counts.send_modify(|(_, refused)| *refused += 1);
+                // Unlike an answer, a refusal doesn't wait for anything.
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}
+
+/// Waits until each caller's counts have moved as they should from where they are now.
+async fn everybody(callers: &mut [(&str, watch::Receiver<(u32, u32)>)], moved: impl Fn(&str, (u32, u32), (u32, u32)) -> bool) {
+    for (name, seen) in callers {
+        let before = *seen.borrow();
+        let enough = seen.wait_for(|counts| moved(name, *counts, before));
+        timeout(PATIENCE, enough).await.expect("a caller stands still").expect("a caller has ended");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn models_come_and_go_under_load() {
     let models = ModelRepository::new().unwrap();
@@ -294,46 +323,33 @@ async fn models_come_and_go_under_load() {
     }
     models.add_bytes("corrupt", &fp32_model(8, ""), b"no archive").unwrap();
     let mut bench = Bench::serving(models, &["stays", "goes"], AMPLE).await;
-    let (stop, stopped) = tokio::sync::watch::channel(false);
-    let callers: Vec<_> = ["stays", "goes"]
-        .repeat(3)
-        .into_iter()
-        .map(|name| {
-            let (worker, stopped) = (Arc::clone(&bench.worker), stopped.clone());
-            tokio::spawn(async move {
-                let (mut served, mut refused) = (0, 0);
-                while !*stopped.borrow() {
-                    let answer = worker.begin(batch_of(name, &[1.0, 2.0]), None, tracing::Span::none());
-                    match timeout(PATIENCE, answer).await.expect("a request was forgotten") {
-                        Ok(response) => {
-                            assert_eq!(values(&response), [2.0, 3.0]);
-                            served += 1;
-                        }
-                        Err(error) => {
-                            let expected = matches!(error.reason(), Reason::UnknownModel | Reason::NotHere);
-                            assert!(expected && name == "goes", "{name}: {error}");
-                            refused += 1;
-                            // Unlike an answer, a refusal doesn't wait for anything.
-                            tokio::task::yield_now().await;
-                        }
-                    }
-                }
-                (name, served, refused)
-            })
-        })
-        .collect();
+    let (stop, stopped) = watch::channel(false);
+    let mut progress = Vec::new();
+    let mut callers = Vec::new();
+    for name in ["stays", "goes"].repeat(3) {
+        let (counts, seen) = watch::channel((0_u32, 0_u32));
+        progress.push((name, seen));
+        callers.push(tokio::spawn(call_until(name, Arc::clone(&bench.worker), counts, stopped.clone())));
+    }
     for _ in 0..10 {
         bench.assign(&["stays", "corrupt"]);
         bench.settled(2).await;
+        everybody(
+            &mut progress,
+            |name, (served, refused), before| {
+                if name == "goes" { refused > before.1 } else { served > before.0 }
+            },
+        )
+        .await;
         bench.assign(&["stays", "goes"]);
         bench.settled(2).await;
         // It answers again.
-        bench.infer(batch_of("goes", &[1.0])).await.unwrap();
+        everybody(&mut progress, |_, (served, _), before| served > before.0).await;
     }
     stop.send_replace(true);
-    for caller in join_all(callers).await {
-        let (name, served, refused) = caller.unwrap();
-        assert!(served > 0 && (name == "goes") == (refused > 0), "{name}: {served} served, {refused} refused");
+    for (caller, (name, seen)) in join_all(callers).await.into_iter().zip(progress) {
+        caller.unwrap();
+        assert_eq!(name == "goes", seen.borrow().1 > 0, "{name}: {:?}", *seen.borrow());
     }
     assert_eq!(bench.worker.in_flight(), 0);
 }
