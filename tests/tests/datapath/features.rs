@@ -185,18 +185,20 @@ async fn a_model_is_ready_only_when_its_warm_ups_have_run() {
 }
 
 /// Adds what it is given to its state, and says how many rows shared the call, whether it was the first, and its id.
-fn implicit() -> (String, Script) {
-    let config = "max_batch_size: 4 input [ { name: \"x\" data_type: TYPE_FP32 dims: [ 1 ] } ] \
-                  output [ { name: \"y\" data_type: TYPE_FP32 dims: [ 4 ] } ] \
-                  sequence_batching { oldest { max_candidate_sequences: 8 } max_sequence_idle_microseconds: 60000000 \
-                  control_input [ { name: \"start\" control [ { kind: CONTROL_SEQUENCE_START fp32_false_true: [ 0, 1 ] } ] }, \
-                                  { name: \"id\" control [ { kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_INT64 } ] } ] \
-                  state [ { input_name: \"total\" output_name: \"total_out\" data_type: TYPE_FP32 dims: [ 1 ] } ] }";
+fn implicit(oldest: &str) -> (String, Script) {
+    let config = format!(
+        "max_batch_size: 4 input [ {{ name: \"x\" data_type: TYPE_FP32 dims: [ 1 ] }} ] \
+                  output [ {{ name: \"y\" data_type: TYPE_FP32 dims: [ 4 ] }} ] \
+                  sequence_batching {{ oldest {{ max_candidate_sequences: 8 {oldest} }} max_sequence_idle_microseconds: 60000000 \
+                  control_input [ {{ name: \"start\" control [ {{ kind: CONTROL_SEQUENCE_START fp32_false_true: [ 0, 1 ] }} ] }}, \
+                                  {{ name: \"id\" control [ {{ kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_INT64 }} ] }} ] \
+                  state [ {{ input_name: \"total\" output_name: \"total_out\" data_type: TYPE_FP32 dims: [ 1 ] }} ] }}"
+    );
     let script = Script::new(
         "def forward(self, x, start, id, total):\n  total = total + x\n  rows = torch.ones_like(x) * x.size(0)\n  \
          return torch.cat([total, rows, start, id.float()], 1), total\n",
     );
-    (config.into(), script)
+    (config, script)
 }
 
 fn one_step(sequence: i64, value: f32, bounds: (bool, bool)) -> ModelInferRequest {
@@ -207,9 +209,9 @@ fn one_step(sequence: i64, value: f32, bounds: (bool, bool)) -> ModelInferReques
 
 #[tokio::test]
 async fn sequences_with_state_tensors_share_batches_and_never_mix() {
-    let (config, script) = implicit();
+    // Waits for all three of them, so that they do share.
+    let (config, script) = implicit("preferred_batch_size: [ 3 ] max_queue_delay_microseconds: 60000000");
     let bench = serving(&config, &script).await;
-    let mut shared = 0.0f32;
     for round in 0..5 {
         let bounds = (round == 0, round == 4);
         let answers = join_all((1..=3).map(|id| bench.infer(one_step(id, id as f32, bounds)))).await;
@@ -217,10 +219,9 @@ async fn sequences_with_state_tensors_share_batches_and_never_mix() {
             let got = values(&answer.unwrap());
             assert_eq!(got[0], id as f32 * (round + 1) as f32, "the state of {id} after {round}");
             assert_eq!((got[2], got[3]), (f32::from(u8::from(round == 0)), id as f32));
-            shared = shared.max(got[1]);
+            assert_eq!(got[1], 3.0, "rows that shared the call of {id} in {round}");
         }
     }
-    assert!(shared > 1.0, "no two sequences shared a call");
     let served = bench.worker.models.find("m", "").unwrap();
     let Runner::Sequences(sequences) = &served.runner else { panic!("not a model with sequences") };
     assert_eq!(sequences.live(), 0);
@@ -228,7 +229,7 @@ async fn sequences_with_state_tensors_share_batches_and_never_mix() {
 
 #[tokio::test]
 async fn state_tensors_survive_a_request_that_fails_and_move_with_a_checkpoint() {
-    let (config, script) = implicit();
+    let (config, script) = implicit("");
     let bench = serving(&config, &script).await;
     let served = bench.worker.models.find("m", "").unwrap();
     let Runner::Sequences(sequences) = &served.runner else { panic!("not a model with sequences") };
