@@ -4,11 +4,14 @@
 FETCH := python3 deploy/bootstrap/fetch.py
 CARGO_FLAGS := --release --workspace --locked
 
-.PHONY: help fetch build models up demo bench test fuzz fmt lint doc deny clean-data
+FIRST_SEED ?= 0
+SEEDS ?= 10000
+
+.PHONY: help fetch build models up demo bench test fuzz simulate simulate-mutants fmt lint doc deny clean-data
 .DEFAULT_GOAL := help
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 fetch: ## fetch libtorch, the demo models and the speech, once
 	@$(FETCH) libtorch models speech
@@ -39,6 +42,12 @@ test: fetch models ## run every test
 
 fuzz: fetch ## an hour of rubbish against requests and configurations; FUZZ_SECONDS sets the time
 	CRESSET_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),3600) cargo test $(CARGO_FLAGS) --package cresset-tests --test fuzz -- --nocapture
+
+simulate: build ## the control plane in virtual time; SEEDS and FIRST_SEED choose what it meets
+	@exec target/release/cresset-simulate --seeds $(SEEDS) --first-seed $(FIRST_SEED)
+
+simulate-mutants: build ## plant bugs and count the seeds until the simulation finds each
+	@exec target/release/cresset-simulate --mutants --first-seed $(FIRST_SEED)
 
 fmt: ## format the sources
 	cargo fmt --all

@@ -12,5 +12,6 @@ mod in_process;
 mod lifecycle;
 mod outage;
 mod settings;
+mod simulation;
 mod support;
 mod telemetry;

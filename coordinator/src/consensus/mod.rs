@@ -52,6 +52,7 @@ pub use machine::{Answer, Shared, StateMachine};
 pub use node::{ElectionDraw, Envelope, Node, NodeError, NotTaken, RaftStatus, Role, Round, Sink};
 pub use service::{PeerService, RaftServer};
 pub use settings::{COMMAND_BYTES_MAX, Problem, SNAPSHOT_BYTES_MAX, Settings};
+pub use tracing_drain::silent;
 
 /// Effects that wait for the slowest listener.
 const EFFECTS_MAX: usize = 1_024;

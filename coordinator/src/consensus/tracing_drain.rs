@@ -10,6 +10,11 @@ pub(super) fn logger() -> Logger {
     Logger::root(Tracing, o!())
 }
 
+/// A logger that says nothing, for a [`Node`](super::Node) in a simulation: millions of its messages would interest nobody.
+pub fn silent() -> Logger {
+    Logger::root(slog::Discard, o!())
+}
+
 impl Drain for Tracing {
     type Ok = ();
     type Err = Never;

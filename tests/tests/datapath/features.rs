@@ -136,7 +136,8 @@ async fn a_higher_priority_goes_first() {
 
 #[tokio::test]
 async fn a_queue_policy_rejects_what_waited_too_long_and_what_is_too_many() {
-    let policy = "default_queue_policy { default_timeout_microseconds: 1000 max_queue_size: 4 }";
+    // Longer than it takes to put six requests into the queue.
+    let policy = "default_queue_policy { default_timeout_microseconds: 1000000 max_queue_size: 4 }";
     let config = fp32_model(8, &format!("dynamic_batching {{ max_queue_delay_microseconds: 60000000 {policy} }}"));
     let bench = serving(&config, &testing::plus_one()).await;
     let answers = join_all((0..6).map(|_| bench.infer(batch_of("m", &[1.0])))).await;
