@@ -453,6 +453,10 @@ impl AdminService for FakeCoordinator {
         Err(Status::unimplemented("not asked here"))
     }
 
+    async fn label(&self, _: Request<admin::LabelRequest>) -> Result<Response<admin::LabelResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
     async fn repository(&self, _: Request<admin::RepositoryRequest>) -> Result<Response<admin::RepositoryResponse>, Status> {
         Err(Status::unimplemented("not asked here"))
     }

@@ -43,6 +43,6 @@ pub mod workers;
 pub use client::{ConnectError, CressetClient, SequenceAnswer, SequenceHandle};
 pub use coordinators::{CallError, Coordinators, Tried};
 pub use predict::{CallOptions, Router};
-pub use routes::{ModelRoute, Replica, RouteTable, Version};
+pub use routes::{LookupError, ModelRoute, Replica, RouteTable, Version};
 pub use settings::RouterSettings;
 pub use workers::ConnectionSettings;

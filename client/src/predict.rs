@@ -14,7 +14,6 @@ use std::sync::Arc;
 
 use cresset_proto::{
     answers::without_shared_memory,
-    ids::model_version,
     inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse},
     parameters::Parameters,
     reason::Reason,
@@ -160,7 +159,7 @@ impl Inner {
         unary: bool,
     ) -> Result<Work, Status> {
         let version = version_of(&request.model_version)?;
-        let route = self.route(&request.model_name, version, deadline).await?;
+        let route = self.route(&request.model_name, version.clone(), deadline).await?;
         if route.decoupled {
             return Err(Reason::Unsupported.status(if unary {
                 "ModelInfer RPC doesn't support models with decoupled transaction policy".to_owned()
@@ -190,7 +189,7 @@ impl Inner {
                 return Err(Reason::NoReplica.status("no routes are known yet: no coordinator has sent any"));
             }
         };
-        lookup(&table, name, version).cloned()
+        lookup(&table, name, &version).cloned()
     }
 }
 
@@ -203,23 +202,13 @@ pub(crate) async fn received(
 }
 
 /// The route of a model, or Triton's words for its absence.
-fn lookup<'a>(table: &'a RouteTable, name: &str, version: Version) -> Result<&'a Arc<ModelRoute>, Status> {
-    table.model(name, version).ok_or_else(|| {
-        Reason::UnknownModel.status(match version {
-            Version::Exactly(version) if table.has_model(name) => {
-                format!("Request for unknown model: '{name}' version {version} is not found")
-            }
-            _ => format!("Request for unknown model: '{name}' is not found"),
-        })
-    })
+fn lookup<'a>(table: &'a RouteTable, name: &str, version: &Version) -> Result<&'a Arc<ModelRoute>, Status> {
+    table.lookup(name, version).map_err(|error| error.status())
 }
 
-/// Reads `model_version`: empty for the highest that is served, else a number from 0.
+/// Reads `model_version`: empty for the highest that is served, else a number from 0, or what may be a label.
 fn version_of(text: &str) -> Result<Version, Status> {
-    match model_version(text) {
-        Ok(version) => Ok(version.map_or(Version::Highest, Version::Exactly)),
-        Err(error) => Err(Reason::InvalidArgument.status(error.to_string())),
-    }
+    Version::read(text).map_err(|error| Reason::InvalidArgument.status(error.to_string()))
 }
 
 #[cfg(test)]
@@ -232,12 +221,13 @@ mod checks {
     use super::*;
 
     #[test]
-    fn versions_are_numbers_or_nothing() {
+    fn versions_are_numbers_labels_or_nothing() {
         assert_eq!(version_of("").unwrap(), Version::Highest);
         assert_eq!(version_of("7").unwrap(), Version::Exactly(7));
-        let latest = version_of("latest").unwrap_err();
-        assert_eq!(latest.code(), Code::InvalidArgument);
-        assert!(latest.message().starts_with("failed to get model version from specified version string 'latest'"));
+        assert_eq!(version_of("latest").unwrap(), Version::Label("latest".into()));
+        let neither = version_of("1.0").unwrap_err();
+        assert_eq!(neither.code(), Code::InvalidArgument);
+        assert!(neither.message().starts_with("failed to get model version from specified version string '1.0'"));
         assert!(version_of("-1").unwrap_err().message().starts_with("invalid model version specified '-1'"));
     }
 

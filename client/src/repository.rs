@@ -10,17 +10,19 @@ use std::{
 
 use cresset_proto::{
     ids::{IdError, check_model_name},
-    inference::ModelConfig,
-    model_config::{PBTXT_BYTES_MAX, PbtxtError, parse_pbtxt},
+    inference::{ModelConfig, model_version_policy::PolicyChoice},
+    model_config::{
+        NULL_PLATFORM, PACKAGE_PLATFORM, PBTXT_BYTES_MAX, PLATFORM, PbtxtError, is_null, model_filename, parse_pbtxt,
+    },
 };
 use sha2::{Digest, Sha256};
 
-/// The model file unless `default_model_filename` names another.
-const MODEL_FILE: &str = "model.pt";
 /// Models that a repository may hold; more are not listed.
 const MODELS_MAX: usize = 100_000;
 /// Files that a version may hold.
 const FILES_MAX: usize = 10_000;
+/// Versions of a model that are served at once.
+const VERSIONS_MAX: usize = 64;
 
 /// A repository's folder.
 #[derive(Debug, Clone)]
@@ -83,6 +85,32 @@ pub enum RepositoryError {
     /// There is no version at all.
     #[error("model '{0}' has no version folder (1, 2, …) in the model repository")]
     NoVersions(String),
+    /// The version policy chooses nothing that is there.
+    #[error("at least one version must be available under the version policy of model '{name}'; there are {there:?}")]
+    NoneChosen {
+        /// The model.
+        name: String,
+        /// The versions that are there.
+        there: Vec<u64>,
+    },
+    /// The version policy chooses more than can be served.
+    #[error(
+        "the version policy of model '{name}' chooses {found} versions, the limit is {VERSIONS_MAX}; remove some, or choose fewer"
+    )]
+    TooManyChosen {
+        /// The model.
+        name: String,
+        /// How many it chooses.
+        found: usize,
+    },
+    /// A configuration that was given instead of `config.pbtxt` says something that can't be served.
+    #[error("the configuration that was given for model '{name}': {text}")]
+    Given {
+        /// The model.
+        name: String,
+        /// The field and what is wrong with it.
+        text: String,
+    },
     /// `config.pbtxt` doesn't parse.
     #[error("{name}/config.pbtxt:{source}")]
     Pbtxt {
@@ -166,14 +194,57 @@ impl Repository {
     /// # Errors
     /// [`RepositoryError`].
     pub fn read(&self, name: &str, version: Option<u64>) -> Result<StoredModel, RepositoryError> {
+        let config = self.settled_config(name, None)?;
+        self.read_as(name, version, config)
+    }
+
+    /// [`read`](Self::read), with this configuration, whatever `config.pbtxt` says.
+    ///
+    /// # Errors
+    /// [`RepositoryError`].
+    pub fn read_as(&self, name: &str, version: Option<u64>, config: ModelConfig) -> Result<StoredModel, RepositoryError> {
         check_model_name(name)?;
-        let mut config = self.config(name)?;
-        config.name = name.to_owned();
         let (version, files, file) = self.locate(name, version, &config)?;
         let folder = self.root.join(name).join(version.to_string());
         let digest = digest(&folder, &files).map_err(|(file, source)| RepositoryError::Io { name: name.into(), file, source })?;
         let size_bytes = files.iter().map(|(_, size)| size).sum();
         Ok(StoredModel { name: name.to_owned(), version, config, file, size_bytes, digest })
+    }
+
+    /// Reads the versions that the model's version policy chooses, ascending; with a `given` configuration, which stands in
+    /// for `config.pbtxt`, those that its policy chooses.
+    ///
+    /// # Errors
+    /// [`RepositoryError`].
+    pub fn read_chosen(&self, name: &str, given: Option<ModelConfig>) -> Result<Vec<StoredModel>, RepositoryError> {
+        let config = self.settled_config(name, given)?;
+        let there = self.versions(name)?;
+        if there.is_empty() {
+            return Err(RepositoryError::NoVersions(name.to_owned()));
+        }
+        let chosen = chosen(&config, &there);
+        match chosen.len() {
+            0 => Err(RepositoryError::NoneChosen { name: name.to_owned(), there }),
+            found if found > VERSIONS_MAX => Err(RepositoryError::TooManyChosen { name: name.to_owned(), found }),
+            _ => chosen.into_iter().map(|version| self.read_as(name, Some(version), config.clone())).collect(),
+        }
+    }
+
+    /// The configuration that counts, checked, with the model's name in it.
+    fn settled_config(&self, name: &str, given: Option<ModelConfig>) -> Result<ModelConfig, RepositoryError> {
+        check_model_name(name)?;
+        let mut config = match given {
+            Some(given) => {
+                check_config(name, &given).map_err(|text| RepositoryError::Given { name: name.to_owned(), text })?;
+                given
+            }
+            None => self.config(name)?,
+        };
+        if !self.root.join(name).is_dir() {
+            return Err(RepositoryError::NoModel(name.to_owned()));
+        }
+        config.name = name.to_owned();
+        Ok(config)
     }
 
     fn config(&self, name: &str) -> Result<ModelConfig, RepositoryError> {
@@ -225,11 +296,28 @@ impl Repository {
         let mut files = Vec::new();
         list(&folder, "", &mut files).map_err(|source| io(version.to_string(), source))?;
         files.sort();
-        let model_file = if config.default_model_filename.is_empty() { MODEL_FILE } else { &config.default_model_filename };
+        let Some(model_file) = model_filename(config) else { return Ok((version, files, folder)) };
         if !files.iter().any(|(file, _)| file == model_file) {
             return Err(io(format!("{version}/{model_file}"), io::ErrorKind::NotFound.into()));
         }
         Ok((version, files, folder.join(model_file)))
+    }
+}
+
+/// The versions of those that are `there`, ascending, that a configuration's `version_policy` wants to have served.
+fn chosen(config: &ModelConfig, there: &[u64]) -> Vec<u64> {
+    let latest = |count: u32| {
+        let count = usize::try_from(count.max(1)).unwrap_or(usize::MAX);
+        there[there.len().saturating_sub(count)..].to_vec()
+    };
+    match config.version_policy.as_ref().and_then(|policy| policy.policy_choice.as_ref()) {
+        None => latest(1),
+        Some(PolicyChoice::Latest(policy)) => latest(policy.num_versions),
+        Some(PolicyChoice::All(_)) => there.to_vec(),
+        Some(PolicyChoice::Specific(policy)) => {
+            let wanted = |version: &&u64| i64::try_from(**version).is_ok_and(|version| policy.versions.contains(&version));
+            there.iter().filter(wanted).copied().collect()
+        }
     }
 }
 
@@ -270,6 +358,9 @@ fn digest(folder: &Path, files: &[(String, u64)]) -> Result<String, (String, io:
 }
 
 fn platform_of(config: &ModelConfig) -> String {
+    if is_null(config) {
+        return NULL_PLATFORM.to_owned();
+    }
     if config.platform.is_empty() { config.backend.clone() } else { config.platform.clone() }
 }
 
@@ -279,9 +370,19 @@ fn check_config(name: &str, config: &ModelConfig) -> Result<(), String> {
         return Err(format!("name is '{}', it must be the folder's name or be left out", config.name));
     }
     match (config.platform.as_str(), config.backend.as_str()) {
-        ("pytorch_libtorch" | "", "pytorch" | "") => {}
-        (platform, "pytorch" | "") => return Err(format!("platform '{platform}' is not served, use 'pytorch_libtorch'")),
+        (PLATFORM | PACKAGE_PLATFORM | "", "pytorch" | "") | (NULL_PLATFORM | "", NULL_PLATFORM) | (NULL_PLATFORM, "") => {}
+        (platform, "pytorch" | NULL_PLATFORM | "") => {
+            return Err(format!(
+                "platform '{platform}' is not served, use '{PLATFORM}', or '{PACKAGE_PLATFORM}', both with backend 'pytorch'"
+            ));
+        }
         (_, backend) => return Err(format!("backend '{backend}' is not served, use 'pytorch'")),
+    }
+    if config.default_model_filename.split(['/', '\\']).any(|part| part == "..") {
+        return Err(format!(
+            "default_model_filename is '{}', it must be inside the version's folder",
+            config.default_model_filename
+        ));
     }
     if config.max_batch_size < 0 {
         return Err(format!("max_batch_size is {}, it must be 0 or more", config.max_batch_size));
@@ -368,12 +469,55 @@ mod tests {
     }
 
     #[test]
+    fn the_version_policy_chooses_what_is_served() {
+        let (_folder, repository) = repository();
+        let versions = |policy: &str| {
+            for version in ["1", "2", "10"] {
+                store(&repository, "m", version, &format!("{CONFIG}{policy}"), version);
+            }
+            let read = repository.read_chosen("m", None).map_err(|error| error.to_string())?;
+            Ok::<_, String>(read.into_iter().map(|stored| stored.version).collect::<Vec<_>>())
+        };
+        assert_eq!(versions(""), Ok(vec![10]));
+        assert_eq!(versions("version_policy { latest { num_versions: 2 } }"), Ok(vec![2, 10]));
+        assert_eq!(versions("version_policy { latest { num_versions: 9 } }"), Ok(vec![1, 2, 10]));
+        assert_eq!(versions("version_policy { all { } }"), Ok(vec![1, 2, 10]));
+        assert_eq!(versions("version_policy { specific { versions: [ 10, 1, 7 ] } }"), Ok(vec![1, 10]));
+        let none = versions("version_policy { specific { versions: [ 7 ] } }").unwrap_err();
+        assert!(none.starts_with("at least one version must be available under the version policy"), "{none}");
+        let given = parse_pbtxt(&format!("{CONFIG}version_policy {{ specific {{ versions: [ 2 ] }} }}")).unwrap();
+        let read = repository.read_chosen("m", Some(given)).unwrap();
+        assert_eq!((read.len(), read[0].version, read[0].config.name.as_str()), (1, 2, "m"));
+        let empty = repository.read_chosen("m", Some(ModelConfig::default())).unwrap_err();
+        assert!(empty.to_string().starts_with("the configuration that was given for model 'm': at least one input"), "{empty}");
+        for version in 11..=VERSIONS_MAX + 10 {
+            store(&repository, "m", &version.to_string(), CONFIG, "x");
+        }
+        assert!(versions("version_policy { all { } }").unwrap_err().contains("the limit is 64"));
+    }
+
+    #[test]
+    fn each_engine_finds_its_own_file() {
+        let (_folder, repository) = repository();
+        store(&repository, "package", "1", &format!("platform: \"torch_aoti\"\n{CONFIG}"), "x");
+        let missing = repository.read("package", None).unwrap_err().to_string();
+        assert!(missing.contains("1/model.pt2"), "{missing}");
+        std::fs::write(repository.root().join("package/1/model.pt2"), "x").unwrap();
+        assert!(repository.read("package", None).unwrap().file.ends_with("package/1/model.pt2"));
+        store(&repository, "null", "1", &format!("backend: \"null\"\n{CONFIG}"), "x");
+        std::fs::remove_file(repository.root().join("null/1/model.pt")).unwrap();
+        assert_eq!(repository.read("null", None).unwrap().size_bytes, 0);
+    }
+
+    #[test]
     fn configurations_are_checked_by_field() {
         for (config, part) in [
             ("", "at least one input"),
             ("name: \"other\"\n", "it must be the folder's name"),
             ("max_batch_size: -1\n", "max_batch_size is -1"),
             ("backend: \"python\"\n", "backend 'python' is not served"),
+            ("platform: \"torch_aoti\" backend: \"null\"\n", "platform 'torch_aoti' is not served"),
+            ("default_model_filename: \"../2/model.pt\"\n", "must be inside the version's folder"),
         ] {
             let error = check_config("m", &parse_pbtxt(config).unwrap()).unwrap_err();
             assert!(error.contains(part), "{error}");

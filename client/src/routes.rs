@@ -6,6 +6,7 @@
 //!
 //! Absent here: where tables come from (see `coordinators`, or the coordinator's own state) and connections (see `workers`).
 use std::{
+    borrow::Borrow,
     collections::BTreeMap,
     sync::{
         Arc,
@@ -15,12 +16,15 @@ use std::{
 
 use cresset_proto::{
     fleet::v1::{ModelRoute as WireRoute, WatchResponse, WorkerRoute},
-    inference::ModelConfig,
+    ids::{VersionError, VersionText, version_text},
+    inference::{ModelConfig, ModelInferRequest},
     model_config,
+    reason::Reason,
 };
 use prost::Message;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
 /// One life of a worker, as a router sees it. Shared by all models that it serves.
 #[derive(Debug)]
@@ -123,13 +127,68 @@ pub struct ModelRoute {
     pub replicas: Vec<Arc<Replica>>,
 }
 
+impl ModelRoute {
+    /// Says in the request which version was meant by a label: workers know none.
+    pub fn address(&self, version: &Version, request: &mut ModelInferRequest) {
+        if matches!(version, Version::Label(_)) {
+            request.model_version = self.version.to_string();
+        }
+    }
+}
+
 /// Which version of a model a request asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Version {
     /// The highest one that is served.
     Highest,
     /// This one.
     Exactly(u64),
+    /// The one that this label points at, at the time.
+    Label(Arc<str>),
+}
+
+impl Version {
+    /// Reads `model_version`. Whether a label is one shows in the table.
+    ///
+    /// # Errors
+    /// [`VersionError`], in Triton's words.
+    pub fn read(text: &str) -> Result<Self, VersionError> {
+        Ok(match version_text(text)? {
+            VersionText::Highest => Self::Highest,
+            VersionText::Number(version) => Self::Exactly(version),
+            VersionText::Label(label) => Self::Label(label.into()),
+        })
+    }
+}
+
+/// Why there is no route for a request; in Triton's words.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LookupError {
+    /// No such model.
+    #[error("Request for unknown model: '{0}' is not found")]
+    Model(String),
+    /// The model is there, this version isn't.
+    #[error("Request for unknown model: '{model}' version {version} is not found")]
+    Version {
+        /// The model.
+        model: String,
+        /// The version that was asked for.
+        version: u64,
+    },
+    /// What stands there is no version.
+    #[error(transparent)]
+    Text(#[from] VersionError),
+}
+
+impl LookupError {
+    /// With the code that Triton's clients expect.
+    pub fn status(&self) -> Status {
+        let reason = match self {
+            Self::Model(_) | Self::Version { .. } => Reason::UnknownModel,
+            Self::Text(_) => Reason::InvalidArgument,
+        };
+        reason.status(self.to_string())
+    }
 }
 
 /// A table of routes, as of one epoch.
@@ -138,6 +197,7 @@ pub struct RouteTable {
     epoch: u64,
     received: bool,
     models: BTreeMap<String, BTreeMap<u64, Arc<ModelRoute>>>,
+    labels: BTreeMap<String, BTreeMap<String, u64>>,
     workers: BTreeMap<String, Arc<Replica>>,
     coordinators: Vec<String>,
 }
@@ -183,6 +243,10 @@ impl RouteTable {
             let route = model_route(wire, &workers, known)?;
             models.entry(wire.model.clone()).or_default().insert(wire.version, Arc::new(route));
         }
+        let mut labels: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+        for wire in &response.labels {
+            labels.entry(wire.model.clone()).or_default().insert(wire.label.clone(), wire.version);
+        }
         // Only now: a table that can't be built must change nothing.
         for (id, replica) in &previous.workers {
             if !workers.get(id).is_some_and(|kept| Arc::ptr_eq(kept, replica)) {
@@ -190,7 +254,7 @@ impl RouteTable {
             }
         }
         let coordinators = response.coordinator_grpc_addresses.clone();
-        Ok(Self { epoch: response.epoch, received: true, models, workers, coordinators })
+        Ok(Self { epoch: response.epoch, received: true, models, labels, workers, coordinators })
     }
 
     /// Replaces the table in `sender` by a newer one; one that isn't newer is ignored (`false`).
@@ -248,16 +312,35 @@ impl RouteTable {
         self.models.contains_key(name)
     }
 
+    /// The versions of a model that have a ready replica, ascending.
+    pub fn versions_ready(&self, name: &str) -> impl Iterator<Item = u64> {
+        let versions = self.models.get(name).into_iter().flatten();
+        versions.filter(|(_, route)| !route.replicas.is_empty()).map(|(version, _)| *version)
+    }
+
     /// The route of a model. [`Version::Highest`] prefers versions that have a ready replica.
-    pub fn model(&self, name: &str, version: Version) -> Option<&Arc<ModelRoute>> {
+    pub fn model(&self, name: &str, version: impl Borrow<Version>) -> Option<&Arc<ModelRoute>> {
         let versions = self.models.get(name)?;
-        match version {
-            Version::Exactly(version) => versions.get(&version),
+        match version.borrow() {
+            Version::Exactly(version) => versions.get(version),
+            Version::Label(label) => versions.get(self.labels.get(name)?.get(&**label)?),
             Version::Highest => {
                 let ready = versions.values().rev().find(|route| !route.replicas.is_empty());
                 ready.or_else(|| versions.values().next_back())
             }
         }
+    }
+
+    /// [`model`](Self::model), or why there is none.
+    ///
+    /// # Errors
+    /// [`LookupError`].
+    pub fn lookup(&self, name: &str, version: &Version) -> Result<&Arc<ModelRoute>, LookupError> {
+        self.model(name, version).ok_or_else(|| match version {
+            Version::Exactly(version) if self.has_model(name) => LookupError::Version { model: name.into(), version: *version },
+            Version::Label(label) => VersionError::NoLabel { label: label.to_string(), model: name.to_owned() }.into(),
+            Version::Exactly(_) | Version::Highest => LookupError::Model(name.to_owned()),
+        })
     }
 }
 
@@ -291,7 +374,7 @@ fn model_route(
 
 #[cfg(test)]
 mod tests {
-    use cresset_proto::fleet::v1::ShardRoute;
+    use cresset_proto::fleet::v1::{Label, ShardRoute};
 
     use super::*;
 
@@ -320,6 +403,30 @@ mod tests {
         assert_eq!(table.model("m", Version::Exactly(3)).unwrap().version, 3);
         assert!(table.model("m", Version::Exactly(4)).is_none());
         assert!(table.model("n", Version::Highest).is_none() && !table.has_model("n"));
+    }
+
+    #[test]
+    fn a_label_leads_to_its_version_and_moves_with_the_table() {
+        let label = |label: &str, version| Label { model: "m".into(), label: label.into(), version };
+        let mut response = response(1, vec![worker("w1", 1)], vec![model(1, &["w1"]), model(2, &["w1"])]);
+        response.labels = vec![label("stable", 1), label("canary", 2)];
+        let first = table(&response);
+        let canary = Version::read("canary").unwrap();
+        let route = first.lookup("m", &canary).unwrap();
+        assert_eq!(route.version, 2);
+        let mut request = ModelInferRequest { model_version: "canary".into(), ..Default::default() };
+        route.address(&canary, &mut request);
+        assert_eq!(request.model_version, "2", "a worker knows no labels");
+        response.labels = vec![label("canary", 1)];
+        let second = RouteTable::build(&response, &first).unwrap();
+        assert_eq!(second.lookup("m", &canary).unwrap().version, 1);
+        for (name, text) in [("m", "stable"), ("n", "canary")] {
+            let refused = second.lookup(name, &Version::read(text).unwrap()).unwrap_err().status();
+            assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+            let words = format!("failed to get model version from specified version string '{text}'");
+            assert!(refused.message().starts_with(&words), "{refused:?}");
+        }
+        assert_eq!(second.versions_ready("m").collect::<Vec<_>>(), [1, 2]);
     }
 
     #[test]

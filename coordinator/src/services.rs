@@ -1,5 +1,6 @@
 //! The public gRPC services: decode, ask a handle, encode. Nothing is decided here.
 mod admin;
+mod deploy;
 mod inference;
 mod routes;
 mod settings;
@@ -47,17 +48,21 @@ impl Context {
         Self { id, consensus, fleet, repository, peers: status::Peers::default(), closing }
     }
 
-    /// Reads a model where it may take its time.
-    async fn stored(&self, name: &str, version: Option<u64>) -> Result<StoredModel, Status> {
-        let (repository, name) = (self.repository.clone(), name.to_owned());
-        let read = tokio::task::spawn_blocking(move || repository.read(&name, version)).await;
+    /// Reads a model where it may take its time: one version, or those that its version policy chooses.
+    async fn stored(&self, wanted: &deploy::Wanted) -> Result<Vec<StoredModel>, Status> {
+        let (repository, wanted) = (self.repository.clone(), wanted.clone());
+        let read = move || match wanted.version {
+            Some(version) => repository.read(&wanted.name, Some(version)).map(|stored| vec![stored]),
+            None => repository.read_chosen(&wanted.name, wanted.config),
+        };
+        let read = tokio::task::spawn_blocking(read).await;
         read.map_err(|error| Reason::Internal.status(error.to_string()))?.map_err(|error| repository_status(&error))
     }
 
     /// Has a command agreed on, and waits until this coordinator knows of it too: who asks it next may count on that.
     async fn propose(&self, command: &Command, deadline: Instant) -> Result<Outcome, Status> {
         let outcome = self.consensus.propose_retrying(command, deadline).await.map_err(|error| propose_status(&error))?;
-        let (epoch, mut applied) = (admin::epoch_of(&outcome), self.consensus.applied());
+        let (epoch, mut applied) = (deploy::epoch_of(&outcome), self.consensus.applied());
         // It is agreed in any case; one that can't catch up in time only says so later than it could.
         let _ = timeout_at(deadline, applied.wait_for(|applied| applied.epoch >= epoch)).await;
         Ok(outcome)
@@ -103,8 +108,10 @@ fn propose_status(error: &ProposeError) -> Status {
 fn reject_status(reject: &Reject) -> Status {
     let reason = match reject {
         Reject::Invalid { .. } => Reason::InvalidArgument,
-        Reject::UnknownWorker { .. } | Reject::UnknownModel { .. } => Reason::UnknownModel,
-        Reject::StaleIncarnation { .. } | Reject::StalePlan { .. } | Reject::TooMany { .. } => Reason::Conflict,
+        Reject::UnknownWorker { .. } | Reject::UnknownModel { .. } | Reject::UnknownVersion { .. } => Reason::UnknownModel,
+        Reject::StaleIncarnation { .. } | Reject::StalePlan { .. } | Reject::TooMany { .. } | Reject::Labelled { .. } => {
+            Reason::Conflict
+        }
     };
     reason.status(reject.to_string())
 }
@@ -112,7 +119,12 @@ fn reject_status(reject: &Reject) -> Status {
 fn repository_status(error: &RepositoryError) -> Status {
     let reason = match error {
         RepositoryError::NoModel(_) | RepositoryError::NoVersion { .. } | RepositoryError::NoVersions(_) => Reason::UnknownModel,
-        RepositoryError::Name(_) | RepositoryError::Pbtxt { .. } | RepositoryError::Config { .. } => Reason::InvalidArgument,
+        RepositoryError::Name(_)
+        | RepositoryError::Pbtxt { .. }
+        | RepositoryError::Config { .. }
+        | RepositoryError::Given { .. }
+        | RepositoryError::NoneChosen { .. }
+        | RepositoryError::TooManyChosen { .. } => Reason::InvalidArgument,
         RepositoryError::Io { .. } | RepositoryError::Root(_) => Reason::LoadFailed,
     };
     reason.status(error.to_string())

@@ -64,7 +64,43 @@ pub fn check_model_name(name: &str) -> Result<(), IdError> {
     if bad { Err(IdError::Model(cut(name))) } else { Ok(()) }
 }
 
-/// Reads `model_version`: `None` for empty, which means the highest that is served.
+/// Longest label, in bytes.
+pub const LABEL_BYTES_MAX: usize = 64;
+
+/// Checks a label, a name for a version of a model. It stands where a version's number may stand, so it can't be one.
+///
+/// # Errors
+/// [`IdError::Label`] unless it is a letter and up to 63 letters, digits, `-`, `_` or `.`.
+pub fn check_label(label: &str) -> Result<(), IdError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let good = label.len() <= LABEL_BYTES_MAX && label.starts_with(|c: char| c.is_ascii_alphabetic()) && label.chars().all(plain);
+    if good { Ok(()) } else { Err(IdError::Label(cut(label))) }
+}
+
+/// What stands in `model_version`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VersionText<'a> {
+    /// Nothing: the highest version that is served.
+    Highest,
+    /// A number.
+    Number(u64),
+    /// What may be a label.
+    Label(&'a str),
+}
+
+/// Reads `model_version` where labels are known.
+///
+/// # Errors
+/// [`VersionError`], in Triton's words, for what is neither a number nor could be a label.
+pub fn version_text(text: &str) -> Result<VersionText<'_>, VersionError> {
+    match model_version(text) {
+        Ok(version) => Ok(version.map_or(VersionText::Highest, VersionText::Number)),
+        Err(VersionError::NotANumber(_)) if check_label(text).is_ok() => Ok(VersionText::Label(text)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads `model_version` where labels aren't known: `None` for empty, which means the highest that is served.
 ///
 /// # Errors
 /// [`VersionError`], in Triton's words, since clients test on them.
@@ -83,8 +119,20 @@ pub fn model_version(text: &str) -> Result<Option<u64>, VersionError> {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum VersionError {
     /// Not a number, or too large a one.
-    #[error("failed to get model version from specified version string '{0}' (it must be a whole number, or empty)")]
+    #[error(
+        "failed to get model version from specified version string '{0}' (it must be a whole number, or empty; or a label of the model, where a coordinator is asked)"
+    )]
     NotANumber(String),
+    /// What could be a label, and isn't one of this model.
+    #[error(
+        "failed to get model version from specified version string '{label}' (it must be a whole number, a label of model '{model}', or empty)"
+    )]
+    NoLabel {
+        /// What was there.
+        label: String,
+        /// The model.
+        model: String,
+    },
     /// Below zero.
     #[error("invalid model version specified '{0}': it must be 0 or more, or empty")]
     Negative(String),
@@ -99,6 +147,9 @@ pub enum IdError {
     /// Not a plain short word.
     #[error("worker id '{0}' must be 1 to 63 letters, digits, '-', '_' or '.'")]
     Worker(String),
+    /// Not a plain short word that begins with a letter.
+    #[error("label '{0}' must be a letter and up to 63 letters, digits, '-', '_' or '.'")]
+    Label(String),
     /// Not a plain folder name.
     #[error("model name '{0}' must be 1 to 255 bytes without '/', '\\' or control characters, and not start with '.'")]
     Model(String),
@@ -152,6 +203,17 @@ mod tests {
             let error = model_version(text).unwrap_err().to_string();
             assert!(error.starts_with(words), "{error}");
         }
+    }
+
+    #[test]
+    fn a_label_stands_where_a_number_may() {
+        assert_eq!(version_text(""), Ok(VersionText::Highest));
+        assert_eq!(version_text("7"), Ok(VersionText::Number(7)));
+        assert_eq!(version_text("canary"), Ok(VersionText::Label("canary")));
+        for text in ["1.0", "-1", "7th", "a b", "é", &"x".repeat(LABEL_BYTES_MAX + 1)] {
+            assert!(version_text(text).is_err() && check_label(text).is_err(), "{text}");
+        }
+        assert!(check_label(&"x".repeat(LABEL_BYTES_MAX)).is_ok() && check_label("").is_err());
     }
 
     #[test]

@@ -22,6 +22,12 @@ pub const PLATFORM: &str = "pytorch_libtorch";
 pub const BACKEND: &str = "pytorch";
 /// The model's file where its configuration names none.
 pub const MODEL_FILENAME: &str = "model.pt";
+/// The platform of packages that AOTInductor compiled.
+pub const PACKAGE_PLATFORM: &str = "torch_aoti";
+/// A package's file where its configuration names none.
+pub const PACKAGE_FILENAME: &str = "model.pt2";
+/// The platform, and the backend, of models that answer without a model.
+pub const NULL_PLATFORM: &str = "null";
 /// How long a sequence may be idle, in µs, unless its configuration says otherwise.
 pub const SEQUENCE_IDLE_US_DEFAULT: u64 = 1_000_000;
 /// The largest `config.pbtxt` that is read, in bytes.
@@ -59,6 +65,36 @@ pub fn parse_pbtxt(text: &str) -> Result<ModelConfig, PbtxtError> {
     }
     let message = DynamicMessage::parse_text_format(descriptor, &complete).map_err(|error| locate(text, &colons, &error))?;
     ModelConfig::decode(message.encode_to_vec().as_slice()).map_err(|error| whole(error.to_string()))
+}
+
+/// Reads protobuf's JSON form, as Triton's clients give a configuration.
+///
+/// # Errors
+/// What is wrong, with the place.
+pub fn parse_json(text: &str) -> Result<ModelConfig, String> {
+    if text.len() > PBTXT_BYTES_MAX {
+        return Err(format!("it has {} bytes, the limit is {PBTXT_BYTES_MAX}", text.len()));
+    }
+    let descriptor = MODEL_CONFIG.clone().ok_or("the built-in description of ModelConfig is broken")?;
+    let mut json = serde_json::Deserializer::from_str(text);
+    let message = DynamicMessage::deserialize(descriptor, &mut json).map_err(|error| error.to_string())?;
+    json.end().map_err(|error| error.to_string())?;
+    ModelConfig::decode(message.encode_to_vec().as_slice()).map_err(|error| error.to_string())
+}
+
+/// Whether this is a model of the null engine.
+pub fn is_null(config: &ModelConfig) -> bool {
+    config.platform == NULL_PLATFORM || (config.platform.is_empty() && config.backend == NULL_PLATFORM)
+}
+
+/// The file that holds the model; `None` for the null engine, which has no need of one.
+pub fn model_filename(config: &ModelConfig) -> Option<&str> {
+    match config.default_model_filename.as_str() {
+        _ if is_null(config) => None,
+        "" if config.platform == PACKAGE_PLATFORM => Some(PACKAGE_FILENAME),
+        "" => Some(MODEL_FILENAME),
+        name => Some(name),
+    }
 }
 
 /// Byte offsets of each `[` that follows a field's name directly, as in `input [ { … } ]`. Text format allows to leave the
@@ -141,10 +177,19 @@ pub fn metadata(config: &ModelConfig, versions: Vec<String>) -> ModelMetadataRes
     ModelMetadataResponse {
         name: config.name.clone(),
         versions,
-        platform: if config.platform.is_empty() { PLATFORM.to_owned() } else { config.platform.clone() },
+        platform: platform_of(config).to_owned(),
         inputs: config.input.iter().map(|input| tensor(&input.name, input.data_type, &input.dims)).collect(),
         outputs: config.output.iter().map(|output| tensor(&output.name, output.data_type, &output.dims)).collect(),
-        properties: [("backend".to_owned(), BACKEND.to_owned())].into(),
+        properties: [("backend".to_owned(), if is_null(config) { NULL_PLATFORM } else { BACKEND }.to_owned())].into(),
+    }
+}
+
+/// The platform, which a configuration may leave to its default.
+pub fn platform_of(config: &ModelConfig) -> &str {
+    match config.platform.as_str() {
+        "" if is_null(config) => NULL_PLATFORM,
+        "" => PLATFORM,
+        platform => platform,
     }
 }
 
@@ -185,6 +230,16 @@ pub fn effective(config: &ModelConfig, gpus: &[i32]) -> ModelConfig {
 /// Platform, backend and file name, each of which follows from the others.
 fn platform(config: &mut ModelConfig) {
     let fits = |word: &str, wanted: &str| word.is_empty() || word == wanted;
+    if config.platform == PACKAGE_PLATFORM && fits(&config.backend, BACKEND) {
+        config.backend = BACKEND.into();
+        if config.default_model_filename.is_empty() {
+            config.default_model_filename = PACKAGE_FILENAME.into();
+        }
+    }
+    if is_null(config) {
+        config.platform = NULL_PLATFORM.into();
+        config.backend = NULL_PLATFORM.into();
+    }
     if fits(&config.platform, PLATFORM) && fits(&config.backend, BACKEND) {
         config.platform = PLATFORM.into();
         config.backend = BACKEND.into();
@@ -249,6 +304,33 @@ parameters { key: "cresset.scalar.sr" value: { string_value: "int:16000" } }
         assert_eq!((error.line, error.column), (1, 38), "{error}");
         assert!(parse_pbtxt("name: \"unclosed").is_err());
         assert!(parse_pbtxt("# input [\nname: 'a [' ").is_ok());
+    }
+
+    #[test]
+    fn json_says_the_same_as_text() {
+        let json = r#"{"name": "m", "max_batch_size": 8, "input": [{"name": "x", "data_type": "TYPE_FP32", "dims": ["-1", 16]}],
+            "dynamic_batching": {"max_queue_delay_microseconds": "100"}, "version_policy": {"specific": {"versions": [1, 3]}},
+            "parameters": {"a": {"string_value": "b"}}}"#;
+        let text = "name: 'm' max_batch_size: 8 input { name: 'x' data_type: TYPE_FP32 dims: [ -1, 16 ] } \
+            dynamic_batching { max_queue_delay_microseconds: 100 } version_policy { specific { versions: [ 1, 3 ] } } \
+            parameters { key: 'a' value { string_value: 'b' } }";
+        assert_eq!(parse_json(json), parse_pbtxt(text).map_err(|error| error.to_string()));
+        for wrong in ["", "{", "[]", "{} {}", r#"{"max_batch_sise": 1}"#, r#"{"max_batch_size": "eight"}"#] {
+            assert!(parse_json(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn each_engine_has_its_file() {
+        let file = |text| model_filename(&pbtxt(text)).map(str::to_owned);
+        assert_eq!(file("").as_deref(), Some("model.pt"));
+        assert_eq!(file("platform: 'torch_aoti'").as_deref(), Some("model.pt2"));
+        assert_eq!(file("platform: 'torch_aoti' default_model_filename: 'a'").as_deref(), Some("a"));
+        assert_eq!(file("backend: 'null'"), None);
+        let package = effective_of("platform: 'torch_aoti'", &[]);
+        assert_eq!((&*package.backend, &*package.default_model_filename), ("pytorch", "model.pt2"));
+        let null = effective_of("backend: 'null'", &[]);
+        assert_eq!((&*null.platform, &*null.default_model_filename), ("null", ""));
     }
 
     fn effective_of(text: &str, gpus: &[i32]) -> ModelConfig {

@@ -144,7 +144,7 @@ async fn a_command_that_is_sent_twice_is_applied_once() {
     let first = beside.deploy(deploy(1)).await.unwrap().into_inner();
     let again = at_leader.deploy(deploy(1)).await.unwrap().into_inner();
     assert_eq!(first, again, "the same answer");
-    let undeploy = UndeployRequest { command_id: vec![2; 16].into(), name: "plus_one".into() };
+    let undeploy = UndeployRequest { command_id: vec![2; 16].into(), name: "plus_one".into(), version: 0 };
     at_leader.undeploy(undeploy).await.unwrap();
     // A late copy of the first command must not bring the model back.
     let late = beside.deploy(deploy(1)).await.unwrap().into_inner();

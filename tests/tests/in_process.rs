@@ -108,7 +108,7 @@ async fn a_cluster_in_one_process_deploys_answers_and_stops() {
     // The router waits for the first replica by itself.
     assert_eq!(numbers(&client.infer(row("plus_one", &[1.0, 2.0])).await.unwrap()), [2.0, 3.0]);
 
-    let undeploy = UndeployRequest { command_id: vec![8; 16].into(), name: "plus_one".into() };
+    let undeploy = UndeployRequest { command_id: vec![8; 16].into(), name: "plus_one".into(), version: 0 };
     let undeployed = client.coordinators().admin(PATIENCE, |mut admin| {
         let request = undeploy.clone();
         async move { admin.undeploy(request).await }

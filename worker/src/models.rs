@@ -167,6 +167,11 @@ impl Models {
         found.cloned().ok_or_else(|| PredictError::UnknownVersion { model: model.to_owned(), version })
     }
 
+    /// The versions of a model that answer, ascending.
+    pub fn versions(&self, model: &str) -> Vec<u64> {
+        self.inner.table.load().get(model).map(|versions| versions.keys().copied().collect()).unwrap_or_default()
+    }
+
     /// All models that answer.
     pub fn served(&self) -> Vec<Arc<ServedModel>> {
         self.inner.table.load().values().flat_map(BTreeMap::values).cloned().collect()
@@ -284,13 +289,14 @@ impl Inner {
     fn read_and_load(&self, assignment: &Assignment) -> Result<ServedModel, LoadError> {
         let begun = std::time::Instant::now();
         let key = ReplicaKey::of(assignment);
-        let stored = self.repository.read(&key.model, Some(key.version))?;
+        let mut config = ModelConfig::decode(assignment.config.clone())?;
+        config.name.clone_from(&key.model);
+        // What was deployed counts, whatever the repository's config.pbtxt says by now.
+        let stored = self.repository.read_as(&key.model, Some(key.version), config.clone())?;
         if stored.digest != assignment.digest {
             let (found, wanted) = (stored.digest, assignment.digest.clone());
             return Err(LoadError::Digest { model: key.model, version: key.version, found, wanted });
         }
-        let mut config = ModelConfig::decode(assignment.config.clone())?;
-        config.name.clone_from(&key.model);
         let mut contract = Contract::read(&config)?;
         if !contract.ignored.is_empty() {
             tracing::warn!(model = key.model, fields = ?contract.ignored, "fields of config.pbtxt have no effect");

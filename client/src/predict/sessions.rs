@@ -124,7 +124,8 @@ pub(super) async fn submit(
         open(router, &key, route, options)?
     } else {
         let wanted = |handle: &Handle| match version {
-            Version::Highest => true,
+            // It keeps to the version that it began with, wherever its label points by now.
+            Version::Highest | Version::Label(_) => true,
             Version::Exactly(version) => version == handle.version,
         };
         router.sessions.find(&key).filter(wanted).ok_or_else(|| not_started(&key))?

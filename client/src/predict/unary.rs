@@ -39,11 +39,13 @@ pub(super) async fn infer(
     let mut patience: Option<Instant> = None;
     loop {
         let table = routes.borrow_and_update().clone();
-        let route = lookup(&table, &model, version)?;
+        let route = lookup(&table, &model, &version)?;
         let pause = match failover.pick(router, route) {
             Some(replica) => {
                 let span = tracing::debug_span!("attempt", %model, worker = %replica.worker_id, epoch = table.epoch());
-                let attempt = once(router, &replica, request.clone(), options, deadline);
+                let mut request = request.clone();
+                route.address(&version, &mut request);
+                let attempt = once(router, &replica, request, options, deadline);
                 let status = match attempt.instrument(span).await {
                     Ok(response) => {
                         replica.note_success();

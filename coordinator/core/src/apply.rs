@@ -6,16 +6,15 @@
 //!
 //! The epoch grows exactly when something that workers or routers are told may have changed. Being reported as loading
 //! or as failed changes neither, unless the replica was ready before.
+//!
+//! `deployments` has the part that is about models: versions, generations and labels.
+mod deployments;
+
 use crate::{
     Command, CommandBody, Outcome, PeerId, Reject, WorkerId,
-    command::{
-        CONFIG_BYTES_MAX, DEVICES_MAX, DeploySpec, MODELS_MAX, MOVES_MAX, PEERS_MAX, REASON_BYTES_MAX, REPLICAS_MAX,
-        Registration, ReplicaReport, SHARDS_MAX, TEXT_BYTES_MAX, WORKERS_MAX,
-    },
+    command::{DEVICES_MAX, MOVES_MAX, PEERS_MAX, REASON_BYTES_MAX, Registration, ReplicaReport, TEXT_BYTES_MAX, WORKERS_MAX},
     placement::Shard,
-    state::{
-        ClusterState, Deployment, Epoch, Incarnation, ModelKey, PeerInfo, Replica, ReplicaId, ReplicaState, Worker, WorkerState,
-    },
+    state::{ClusterState, Epoch, Incarnation, PeerInfo, Replica, ReplicaId, ReplicaState, Worker, WorkerState},
 };
 
 /// What a command means beyond the state. Informative: whoever misses one finds the same in the state.
@@ -61,11 +60,15 @@ fn change(state: &mut ClusterState, body: &CommandBody, effects: &mut Vec<Effect
         CommandBody::RegisterWorker(registration) => register(state, registration, effects)?,
         CommandBody::DrainWorker { worker, incarnation } => drain(state, worker, *incarnation)?,
         CommandBody::MarkDead { worker, incarnation, .. } => mark_dead(state, worker, *incarnation, effects)?,
-        CommandBody::Deploy(spec) => return deploy(state, spec),
-        CommandBody::Undeploy { name } => undeploy(state, name)?,
+        CommandBody::Deploy(spec) => return deployments::deploy_one(state, spec),
+        CommandBody::DeploySet(set) => return deployments::deploy(state, set),
+        CommandBody::Undeploy { name } => deployments::undeploy(state, name)?,
+        CommandBody::UndeployVersion { name, version } => deployments::undeploy_version(state, name, *version)?,
+        CommandBody::SetLabels { name, labels } => deployments::set_labels(state, name, labels)?,
         CommandBody::Place { epoch_seen, add, remove } => place(state, *epoch_seen, add, remove)?,
         CommandBody::ReportReplicas { worker, incarnation, replicas } => report(state, worker, *incarnation, replicas)?,
     }
+    deployments::settle(state);
     Ok(Outcome::Done { epoch: state.epoch })
 }
 
@@ -165,91 +168,6 @@ fn mark_dead(state: &mut ClusterState, id: &WorkerId, incarnation: Incarnation, 
     Ok(())
 }
 
-fn deploy(state: &mut ClusterState, spec: &DeploySpec) -> Result<Outcome, Reject> {
-    check_spec(spec)?;
-    let key = ModelKey { name: spec.name.clone(), version: spec.version };
-    let deployed = state.deployment(&spec.name).map(|(key, deployment)| (key.clone(), deployment.clone()));
-    let generation = match deployed {
-        Some((old_key, deployment)) if old_key == key && same_content(&deployment, spec) => {
-            retry_failed(state, &key);
-            if let Some(deployment) = state.models.get_mut(&key) {
-                deployment.replicas_wanted = spec.replicas_wanted;
-            }
-            deployment.generation
-        }
-        Some((old_key, _)) => replace(state, &old_key, &key, spec),
-        None if state.models.len() >= MODELS_MAX => return Err(too_many("models", MODELS_MAX)),
-        None => {
-            let generation = next_generation(state);
-            state.models.insert(key, deployment(spec, generation));
-            advance(state);
-            generation
-        }
-    };
-    Ok(Outcome::Deployed { version: spec.version, generation, epoch: state.epoch })
-}
-
-fn same_content(deployment: &Deployment, spec: &DeploySpec) -> bool {
-    let same_files = deployment.digest == spec.digest && deployment.size_bytes == spec.size_bytes;
-    let same_form = deployment.shards == spec.shards && deployment.platform == spec.platform;
-    same_files && same_form && deployment.config == spec.config
-}
-
-fn deployment(spec: &DeploySpec, generation: u64) -> Deployment {
-    Deployment {
-        generation,
-        config: spec.config.clone(),
-        digest: spec.digest.clone(),
-        size_bytes: spec.size_bytes,
-        replicas_wanted: spec.replicas_wanted,
-        shards: spec.shards,
-        platform: spec.platform.clone(),
-    }
-}
-
-/// Gives failed replicas another try where they are. The ready ones go on answering: only the failed ones get a new
-/// generation, and the deployment, whose content is the same, keeps its own.
-fn retry_failed(state: &mut ClusterState, key: &ModelKey) {
-    let failed = state.replicas_of(key).filter(|(_, replica)| replica.state == ReplicaState::Failed);
-    let failed: Vec<ReplicaId> = failed.map(|(id, _)| id.clone()).collect();
-    if failed.is_empty() {
-        return;
-    }
-    let generation = next_generation(state);
-    let epoch = advance(state);
-    for id in failed {
-        state.replicas.insert(id, assigned(generation, epoch));
-    }
-}
-
-/// Puts other content under the same name, all at once: replicas stay on their workers and start over.
-fn replace(state: &mut ClusterState, old: &ModelKey, new: &ModelKey, spec: &DeploySpec) -> u64 {
-    let generation = next_generation(state);
-    let epoch = advance(state);
-    state.models.remove(old);
-    state.models.insert(new.clone(), deployment(spec, generation));
-    let ids: Vec<ReplicaId> = state.replicas_of(old).map(|(id, _)| id.clone()).collect();
-    for id in ids {
-        state.replicas.remove(&id);
-        if id.shard < spec.shards {
-            let id = ReplicaId { version: new.version, ..id };
-            state.replicas.insert(id, assigned(generation, epoch));
-        }
-    }
-    generation
-}
-
-fn undeploy(state: &mut ClusterState, name: &str) -> Result<(), Reject> {
-    let before = state.models.len();
-    state.models.retain(|key, _| key.name != name);
-    if state.models.len() == before {
-        return Err(Reject::UnknownModel { name: cut(name, TEXT_BYTES_MAX) });
-    }
-    state.replicas.retain(|id, _| id.model != name);
-    advance(state);
-    Ok(())
-}
-
 /// Makes those moves of the plan that are still right. A plan is made from a state that may be gone when it is
 /// committed, and to refuse the whole of it for one worker's report would only cost a round; but no move may break what
 /// placement promises, so each is judged alone by [`may_add`] and [`may_remove`].
@@ -294,7 +212,7 @@ fn may_remove(state: &ClusterState, id: &ReplicaId) -> bool {
     let leaves = shard.leaving.contains(&&id.worker);
     let answers_elsewhere = shard.answering.iter().any(|worker| **worker != id.worker);
     let surplus = shard.staying.len() > deployment.replicas_wanted as usize;
-    (leaves || surplus) && (answers_elsewhere || replica.state != ReplicaState::Ready)
+    (leaves || surplus) && (answers_elsewhere || replica.answering().is_none())
 }
 
 fn report(state: &mut ClusterState, id: &WorkerId, incarnation: Incarnation, reports: &[ReplicaReport]) -> Result<(), Reject> {
@@ -308,11 +226,14 @@ fn report(state: &mut ClusterState, id: &WorkerId, incarnation: Incarnation, rep
         if replica.generation != report.generation {
             continue;
         }
-        let was_ready = replica.state == ReplicaState::Ready;
+        let answered_before = replica.answering();
+        if report.state == ReplicaState::Ready {
+            replica.former = 0; // it has taken the former one's place
+        }
         replica.state = report.state;
         replica.reason = cut(&report.reason, REASON_BYTES_MAX);
         replica.memory_bytes = report.memory_bytes;
-        routes_changed |= was_ready != (report.state == ReplicaState::Ready);
+        routes_changed |= replica.answering() != answered_before;
     }
     if routes_changed {
         advance(state);
@@ -329,7 +250,7 @@ pub fn is_news(replica: &Replica, report: &ReplicaReport) -> bool {
 }
 
 fn assigned(generation: u64, epoch: Epoch) -> Replica {
-    Replica { generation, state: ReplicaState::Assigned, reason: String::new(), epoch, memory_bytes: 0 }
+    Replica { generation, state: ReplicaState::Assigned, reason: String::new(), epoch, memory_bytes: 0, former: 0 }
 }
 
 fn reset(replica: &mut Replica, epoch: Epoch) {
@@ -355,19 +276,6 @@ fn advance(state: &mut ClusterState) -> Epoch {
 fn next_generation(state: &mut ClusterState) -> u64 {
     state.generation_last = state.generation_last.saturating_add(1);
     state.generation_last
-}
-
-fn check_spec(spec: &DeploySpec) -> Result<(), Reject> {
-    if let Err(error) = cresset_proto::ids::check_model_name(&spec.name) {
-        return Err(Reject::Invalid { field: "name".into(), problem: format!("isn't usable: {error}") });
-    }
-    check(spec.version > 0, "version", "must be at least 1")?;
-    check(spec.config.len() <= CONFIG_BYTES_MAX, "config", format!("must be at most {CONFIG_BYTES_MAX} bytes"))?;
-    check_text("digest", &spec.digest)?;
-    check_text("platform", &spec.platform)?;
-    let replicas = 1..=REPLICAS_MAX;
-    check(replicas.contains(&spec.replicas_wanted), "replicas", format!("must be between 1 and {REPLICAS_MAX}"))?;
-    check((1..=SHARDS_MAX).contains(&spec.shards), "shards", format!("must be between 1 and {SHARDS_MAX}"))
 }
 
 fn check(holds: bool, field: &str, problem: impl Into<String>) -> Result<(), Reject> {

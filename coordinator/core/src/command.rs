@@ -2,7 +2,7 @@
 //!
 //! A command carries everything that its effect depends on, since [`apply`](mod@crate::apply) knows no clock and asks
 //! nobody. Its id is chosen by whoever wants it done and stays the same in every retry.
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -25,8 +25,12 @@ pub const CONFIG_BYTES_MAX: usize = 1 << 20;
 pub const PEERS_MAX: usize = 32;
 /// Most workers that are remembered; the longest dead give way.
 pub const WORKERS_MAX: usize = 1_000;
-/// Most models that can be deployed.
+/// Most models that can be deployed, each version counted.
 pub const MODELS_MAX: usize = 1_000;
+/// Most versions that one command deploys.
+pub const VERSIONS_MAX: usize = 64;
+/// Most labels of a model.
+pub const LABELS_MAX: usize = 32;
 /// Most devices of a worker.
 pub const DEVICES_MAX: usize = 64;
 /// Most replicas of a shard.
@@ -121,9 +125,10 @@ pub enum CommandBody {
         /// What it was judged by.
         cause: Cause,
     },
-    /// Serve a model, or serve it differently.
+    /// Serve one version of a model instead of all others. Logs of earlier versions of Cresset have it; [`Self::DeploySet`]
+    /// says the same and more.
     Deploy(DeploySpec),
-    /// Stop serving a model.
+    /// Stop serving a model in all its versions.
     Undeploy {
         /// The model's name.
         name: String,
@@ -145,6 +150,22 @@ pub enum CommandBody {
         incarnation: Incarnation,
         /// What it sees.
         replicas: Vec<ReplicaReport>,
+    },
+    /// Serve these versions of a model, all or none of them.
+    DeploySet(DeploySet),
+    /// Stop serving one version of a model.
+    UndeployVersion {
+        /// The model's name.
+        name: String,
+        /// The version.
+        version: u64,
+    },
+    /// Move labels of a model, all or none of them.
+    SetLabels {
+        /// The model's name.
+        name: String,
+        /// Where each label is to point; 0 takes it away.
+        labels: BTreeMap<String, u64>,
     },
 }
 
@@ -185,6 +206,56 @@ pub struct DeploySpec {
     pub shards: u32,
     /// What runs it, as in `pytorch_libtorch`.
     pub platform: String,
+}
+
+/// Which versions of a model to serve. What they share is said once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeploySet {
+    /// The model's name.
+    pub name: String,
+    /// An encoded `inference.ModelConfig`.
+    #[serde(with = "blob")]
+    pub config: Bytes,
+    /// Parts that the model is cut into; 1 for a model that fits a device.
+    pub shards: u32,
+    /// What runs it, as in `pytorch_libtorch`.
+    pub platform: String,
+    /// The versions; at least one, none twice.
+    pub versions: Vec<VersionSpec>,
+    /// Whether versions that aren't listed leave. One that a label points at stays in any case.
+    pub only: bool,
+}
+
+/// One version of a [`DeploySet`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionSpec {
+    /// The version, from 1.
+    pub version: u64,
+    /// SHA-256 over the version's files, in hexadecimal.
+    pub digest: String,
+    /// Size of the version's files.
+    pub size_bytes: u64,
+    /// Replicas wanted of each shard.
+    pub replicas_wanted: u32,
+}
+
+impl From<&DeploySpec> for DeploySet {
+    fn from(spec: &DeploySpec) -> Self {
+        let version = VersionSpec {
+            version: spec.version,
+            digest: spec.digest.clone(),
+            size_bytes: spec.size_bytes,
+            replicas_wanted: spec.replicas_wanted,
+        };
+        Self {
+            name: spec.name.clone(),
+            config: spec.config.clone(),
+            shards: spec.shards,
+            platform: spec.platform.clone(),
+            versions: vec![version],
+            only: true,
+        }
+    }
 }
 
 /// What a worker says about one replica.
@@ -246,6 +317,13 @@ pub enum Outcome {
     },
     /// Nothing was changed.
     Rejected(Reject),
+    /// The versions are deployed; their replicas come up from here.
+    DeployedSet {
+        /// Each version with the generation that serves it: replicas of at least this one do.
+        versions: Vec<(u64, Generation)>,
+        /// The epoch after it.
+        epoch: Epoch,
+    },
 }
 
 impl Outcome {
@@ -303,6 +381,24 @@ pub enum Reject {
     UnknownModel {
         /// What was named.
         name: String,
+    },
+    /// The model is deployed, this version of it isn't.
+    #[error("model '{name}' isn't deployed in version {version}")]
+    UnknownVersion {
+        /// The model.
+        name: String,
+        /// The version that was named.
+        version: u64,
+    },
+    /// Requests may come by this label.
+    #[error("version {version} of model '{name}' has the label '{label}'; move the label first, or take it away")]
+    Labelled {
+        /// The model.
+        name: String,
+        /// Its version.
+        version: u64,
+        /// A label that points at it.
+        label: String,
     },
     /// No move of the plan fits the state any more.
     #[error("the plan was made from epoch {epoch_seen}, and none of its moves fits epoch {epoch}; plan again")]

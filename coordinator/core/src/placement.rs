@@ -71,7 +71,7 @@ pub(crate) struct Shard<'a> {
     pub(crate) staying: Vec<(&'a WorkerId, &'a Replica)>,
     /// On workers that leave or are gone.
     pub(crate) leaving: Vec<&'a WorkerId>,
-    /// Workers that take work and whose replica answers.
+    /// Workers that take work and whose replica answers, in this generation or still in the one before.
     pub(crate) answering: Vec<&'a WorkerId>,
 }
 
@@ -82,7 +82,7 @@ impl<'a> Shard<'a> {
         for (id, replica) in state.replicas_of(key).filter(|(id, _)| id.shard == shard) {
             if state.workers.get(&id.worker).is_some_and(|worker| worker.state == WorkerState::Ready) {
                 found.staying.push((&id.worker, replica));
-                if replica.state == ReplicaState::Ready {
+                if replica.answering().is_some() {
                     found.answering.push(&id.worker);
                 }
             } else {
@@ -196,7 +196,9 @@ struct Fit<'a> {
 /// How gladly a replica is given up where there is one too many. Lower goes first.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Worth<'a> {
-    /// What answers goes last, what has failed first.
+    /// What answers goes last.
+    answers: bool,
+    /// And what has failed first.
     progress: u8,
     /// Survive a zone.
     replicas_in_zone: std::cmp::Reverse<usize>,
@@ -225,6 +227,7 @@ impl<'a> Planner<'a> {
                 let load = self.loads.get(worker);
                 let hosts = staying.iter().map(|(worker, _)| *worker);
                 Worth {
+                    answers: replica.answering().is_some(),
                     progress: match replica.state {
                         ReplicaState::Failed => 0,
                         ReplicaState::Assigned => 1,
@@ -309,7 +312,7 @@ impl<'a> Planner<'a> {
         let relieved = !coming && found.settled() && !found.answering.is_empty();
         for worker in found.leaving {
             let id = replica_id(key, shard, worker);
-            let answers = self.state.replicas.get(&id).is_some_and(|replica| replica.state == ReplicaState::Ready);
+            let answers = self.state.replicas.get(&id).is_some_and(|replica| replica.answering().is_some());
             if relieved || !answers {
                 self.plan.remove.push(id);
             }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use crate::{
     PeerId, WorkerId,
     placement::Shard,
-    state::{ClusterState, Deployment, Epoch, Generation, Incarnation, ModelKey, ReplicaState, WorkerState},
+    state::{ClusterState, Deployment, Epoch, Generation, Incarnation, ModelKey, Replica, WorkerState},
 };
 
 /// Who serves what.
@@ -16,6 +16,8 @@ pub struct RouteTable {
     pub epoch: Epoch,
     /// Every deployed model, also one that nobody serves yet: a router can tell "not ready" from "not there".
     pub models: Vec<ModelRoute>,
+    /// Names for versions: model, label, version.
+    pub labels: Vec<(String, String, u64)>,
     /// Every worker that isn't dead.
     pub workers: Vec<WorkerRoute>,
     /// Public gRPC addresses of the coordinators, in the order of their ids.
@@ -27,11 +29,11 @@ pub struct RouteTable {
 pub struct ModelRoute {
     /// The model.
     pub key: ModelKey,
-    /// Replicas of this generation or a later one serve it.
+    /// The deployment that answers: the newest, or the one before while no replica has come to the newest.
     pub generation: Generation,
-    /// An encoded `inference.ModelConfig`.
+    /// An encoded `inference.ModelConfig`, that deployment's.
     pub config: Bytes,
-    /// Workers whose replica is ready, for each shard in turn.
+    /// Workers whose replica answers, for each shard in turn.
     pub shards: Vec<Vec<WorkerId>>,
 }
 
@@ -50,12 +52,15 @@ pub struct WorkerRoute {
 
 /// The routes of a state.
 pub fn routes(state: &ClusterState) -> RouteTable {
-    let models = state.models.iter().map(|(key, deployment)| ModelRoute {
-        key: key.clone(),
-        generation: deployment.generation,
-        config: deployment.config.clone(),
-        shards: (0..deployment.shards).map(|shard| serving(state, key, deployment, shard)).collect(),
+    let models = state.models.iter().map(|(key, deployment)| {
+        let (generation, config) = told(state, key, deployment);
+        let shards = (0..deployment.shards).map(|shard| serving(state, key, shard, |_| true)).collect();
+        ModelRoute { key: key.clone(), generation, config: config.clone(), shards }
     });
+    let labels = state
+        .labels
+        .iter()
+        .flat_map(|(model, labels)| labels.iter().map(|(label, version)| (model.clone(), label.clone(), *version)));
     let alive = state.workers.iter().filter(|(_, worker)| worker.state != WorkerState::Dead);
     let workers = alive.map(|(id, worker)| WorkerRoute {
         worker: id.clone(),
@@ -66,17 +71,28 @@ pub fn routes(state: &ClusterState) -> RouteTable {
     RouteTable {
         epoch: state.epoch,
         models: models.collect(),
+        labels: labels.collect(),
         workers: workers.collect(),
         coordinators: state.peers.iter().map(|(id, peer)| (*id, peer.grpc_address.clone())).collect(),
     }
 }
 
-/// Workers whose replica answers. One that leaves is named only while no other answers.
-pub(crate) fn serving(state: &ClusterState, key: &ModelKey, deployment: &Deployment, shard: u32) -> Vec<WorkerId> {
+/// What a model is to its callers: the newest deployment, unless only replicas of the one before answer.
+fn told<'a>(state: &'a ClusterState, key: &ModelKey, deployment: &'a Deployment) -> (Generation, &'a Bytes) {
+    let newest = (deployment.generation, &deployment.config);
+    let Some(former) = &deployment.former else { return newest };
+    let answers = state.replicas_of(key).filter_map(|(_, replica)| replica.answering()).max();
+    match answers {
+        Some(generation) if generation < deployment.generation => (former.generation, &former.config),
+        Some(_) | None => newest,
+    }
+}
+
+/// Workers whose replica answers and is `wanted`. One that leaves is named only while no other answers.
+pub(crate) fn serving(state: &ClusterState, key: &ModelKey, shard: u32, wanted: impl Fn(&Replica) -> bool) -> Vec<WorkerId> {
     let answers = |worker: &WorkerId| {
-        let id = crate::placement::replica_id(key, shard, worker);
-        let replica = state.replicas.get(&id);
-        replica.is_some_and(|r| r.state == ReplicaState::Ready && r.generation >= deployment.generation)
+        let replica = state.replicas.get(&crate::placement::replica_id(key, shard, worker));
+        replica.is_some_and(|replica| replica.answering().is_some() && wanted(replica))
     };
     let found = Shard::survey(state, key, shard);
     let staying: Vec<WorkerId> = found.answering.into_iter().filter(|worker| answers(worker)).cloned().collect();

@@ -36,8 +36,11 @@ pub struct ClusterState {
     pub peers: BTreeMap<PeerId, PeerInfo>,
     /// Every worker that ever registered, dead ones included: their fences outlive them.
     pub workers: BTreeMap<WorkerId, Worker>,
-    /// What is deployed. For now at most one version for each name.
+    /// What is deployed: any number of versions of each name.
     pub models: BTreeMap<ModelKey, Deployment>,
+    /// Names for versions, by model. Each points at a version that is deployed and stays.
+    #[serde(default)]
+    pub labels: BTreeMap<String, BTreeMap<String, u64>>,
     /// Which worker should run what.
     pub replicas: BTreeMap<ReplicaId, Replica>,
     /// Answers to recent commands.
@@ -50,10 +53,16 @@ impl ClusterState {
         Self { cluster_id: cluster_id.into(), ..Self::default() }
     }
 
-    /// The deployment of the model called `name`.
-    pub fn deployment(&self, name: &str) -> Option<(&ModelKey, &Deployment)> {
+    /// The deployed versions of the model called `name`, ascending, those that leave included.
+    pub fn versions<'a, 'n>(&'a self, name: &'n str) -> impl Iterator<Item = (&'a ModelKey, &'a Deployment)> + use<'a, 'n> {
         let first = ModelKey { name: name.to_owned(), version: 0 };
-        self.models.range(first..).next().filter(|(key, _)| key.name == name)
+        self.models.range(first..).take_while(move |(key, _)| key.name == name)
+    }
+
+    /// The labels of one version of a model.
+    pub fn labels_of<'a>(&'a self, key: &'a ModelKey) -> impl Iterator<Item = &'a str> {
+        let labels = self.labels.get(&key.name).into_iter().flatten();
+        labels.filter(|(_, version)| **version == key.version).map(|(label, _)| label.as_str())
     }
 
     /// The replicas of a model, all its shards together.
@@ -157,6 +166,22 @@ pub struct Deployment {
     pub shards: u32,
     /// What runs it, as in `pytorch_libtorch`.
     pub platform: String,
+    /// What replicas still answer as that have not come to this generation yet.
+    #[serde(default)]
+    pub former: Option<Former>,
+    /// Its time is over as soon as the versions that were deployed instead have come up.
+    #[serde(default)]
+    pub leaving: bool,
+}
+
+/// What a version was before it was deployed anew.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Former {
+    /// Which deployment that was.
+    pub generation: Generation,
+    /// An encoded `inference.ModelConfig`.
+    #[serde(with = "blob")]
+    pub config: Bytes,
 }
 
 /// One copy of a shard on one worker. Being a key, it can't exist twice on the same worker.
@@ -197,6 +222,20 @@ pub struct Replica {
     pub epoch: Epoch,
     /// Memory that it takes, as the worker measured it.
     pub memory_bytes: u64,
+    /// The earlier generation that the worker goes on answering as until this one is ready; 0 for none. A worker puts the new
+    /// one in the old one's place only when it is loaded and warm, and keeps the old one if that fails.
+    #[serde(default)]
+    pub former: Generation,
+}
+
+impl Replica {
+    /// The generation that it answers as, if it answers.
+    pub fn answering(&self) -> Option<Generation> {
+        match self.state {
+            ReplicaState::Ready => Some(self.generation),
+            ReplicaState::Assigned | ReplicaState::Loading | ReplicaState::Failed => (self.former > 0).then_some(self.former),
+        }
+    }
 }
 
 /// How far a replica has come.

@@ -12,7 +12,7 @@ pub enum ModelState {
     Ready,
     /// It doesn't answer yet, and may without anybody's help.
     Loading,
-    /// It answers, with fewer replicas than wanted.
+    /// It answers, with fewer replicas than wanted, or still as it was before it was deployed anew.
     Degraded,
     /// It doesn't answer, and won't without help.
     Failed,
@@ -29,12 +29,18 @@ pub struct ModelStatus {
     pub shards: u32,
     /// Replicas wanted of each shard.
     pub replicas_wanted: u32,
-    /// Replicas that answer; of the shard that has the fewest.
+    /// Replicas of this generation that answer; of the shard that has the fewest.
     pub replicas_ready: u32,
     /// In one word.
     pub state: ModelState,
     /// Why it isn't ready; empty if it is.
     pub reason: String,
+    /// Nothing of this generation answers, and nothing will without help. What was deployed before may answer.
+    pub stuck: bool,
+    /// It goes as soon as what was deployed instead has come up.
+    pub leaving: bool,
+    /// Names that requests can use for this version.
+    pub labels: Vec<String>,
 }
 
 /// The status of every model. `plan` is the newest plan for this state: it knows what found no place.
@@ -43,19 +49,25 @@ pub fn models(state: &ClusterState, plan: &Plan) -> Vec<ModelStatus> {
 }
 
 fn model(state: &ClusterState, plan: &Plan, key: &ModelKey, deployment: &Deployment) -> ModelStatus {
-    let ready = |shard| u32::try_from(serving(state, key, deployment, shard).len()).unwrap_or(u32::MAX);
+    let count = |workers: Vec<_>| u32::try_from(workers.len()).unwrap_or(u32::MAX);
+    let ready = |shard| count(serving(state, key, shard, |replica| replica.state == ReplicaState::Ready));
     let (replicas_ready, weakest) = (0..deployment.shards).map(|shard| (ready(shard), shard)).min().unwrap_or((0, 0));
+    let answers = (0..deployment.shards).all(|shard| count(serving(state, key, shard, |_| true)) > 0);
     let coming = (0..deployment.shards).all(|shard| may_come(state, plan, key, shard));
     let state_word = match replicas_ready {
         n if n >= deployment.replicas_wanted => ModelState::Ready,
+        0 if answers => ModelState::Degraded,
         0 if coming => ModelState::Loading,
         0 => ModelState::Failed,
         _ => ModelState::Degraded,
     };
-    let reason = match state_word {
+    let mut reason = match state_word {
         ModelState::Ready => String::new(),
         _ => why(state, plan, key, weakest),
     };
+    if answers && replicas_ready == 0 {
+        reason += "; what was deployed before answers";
+    }
     ModelStatus {
         key: key.clone(),
         generation: deployment.generation,
@@ -64,6 +76,9 @@ fn model(state: &ClusterState, plan: &Plan, key: &ModelKey, deployment: &Deploym
         replicas_ready,
         state: state_word,
         reason,
+        stuck: replicas_ready == 0 && !coming,
+        leaving: deployment.leaving,
+        labels: state.labels_of(key).map(str::to_owned).collect(),
     }
 }
 
@@ -85,7 +100,7 @@ fn why(state: &ClusterState, plan: &Plan, key: &ModelKey, shard: u32) -> String 
     if let Some(unplaced) = plan.unplaced.iter().find(|unplaced| unplaced.model == *key && unplaced.shard == shard) {
         return unplaced.reason.clone();
     }
-    let loading = found.staying.len() - found.answering.len();
+    let loading = found.staying.iter().filter(|(_, replica)| replica.state != ReplicaState::Ready).count();
     let planned = plan.add.iter().filter(|id| id.is_of(key) && id.shard == shard).count();
     match loading + planned {
         0 => "waiting for a place".into(),

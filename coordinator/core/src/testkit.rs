@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     ClusterState, Command, CommandBody, CommandId, Outcome, WorkerId, apply,
-    command::{Cause, DeploySpec, Registration, ReplicaReport},
+    command::{Cause, DeploySet, DeploySpec, Registration, ReplicaReport, VersionSpec},
     placement,
     state::{Device, ReplicaId, ReplicaState},
 };
@@ -62,6 +62,17 @@ pub(crate) fn deploy(state: &mut ClusterState, name: &str, version: u64, replica
     run(state, CommandBody::Deploy(spec(name, version, replicas_wanted)))
 }
 
+/// Several versions of a model, two replicas each.
+pub(crate) fn versions(name: &str, numbers: &[u64], only: bool) -> DeploySet {
+    let version = |version: &u64| VersionSpec {
+        version: *version,
+        digest: format!("{version:064x}"),
+        size_bytes: 10 * MIB,
+        replicas_wanted: 2,
+    };
+    DeploySet { versions: numbers.iter().map(version).collect(), only, ..DeploySet::from(&spec(name, 1, 2)) }
+}
+
 /// A cluster with a model that nobody was given yet.
 pub(crate) fn deployed(workers: &[&str], name: &str, replicas_wanted: u32) -> ClusterState {
     let mut state = registered(workers);
@@ -79,9 +90,10 @@ pub(crate) fn place(state: &mut ClusterState) -> Outcome {
     run(state, CommandBody::Place { epoch_seen: plan.epoch, add: plan.add, remove: plan.remove })
 }
 
-fn report(state: &mut ClusterState, worker: &str, to: ReplicaState, reason: &str) -> Outcome {
+fn report(state: &mut ClusterState, worker: &str, version: Option<u64>, to: ReplicaState, reason: &str) -> Outcome {
     let id = w(worker);
-    let replicas = state.replicas_on(&id).map(|(id, replica)| ReplicaReport {
+    let meant = state.replicas_on(&id).filter(|(id, _)| version.is_none_or(|version| id.version == version));
+    let replicas = meant.map(|(id, replica)| ReplicaReport {
         model: id.model.clone(),
         version: id.version,
         shard: id.shard,
@@ -97,12 +109,22 @@ fn report(state: &mut ClusterState, worker: &str, to: ReplicaState, reason: &str
 
 /// The worker says that all it has is ready.
 pub(crate) fn ready(state: &mut ClusterState, worker: &str) -> Outcome {
-    report(state, worker, ReplicaState::Ready, "")
+    report(state, worker, None, ReplicaState::Ready, "")
+}
+
+/// The worker says that what it has of this version is ready.
+pub(crate) fn ready_version(state: &mut ClusterState, worker: &str, version: u64) -> Outcome {
+    report(state, worker, Some(version), ReplicaState::Ready, "")
 }
 
 /// The worker says that all it has failed.
 pub(crate) fn fail(state: &mut ClusterState, worker: &str, reason: &str) -> Outcome {
-    report(state, worker, ReplicaState::Failed, reason)
+    report(state, worker, None, ReplicaState::Failed, reason)
+}
+
+/// The worker says that what it has of this version failed.
+pub(crate) fn fail_version(state: &mut ClusterState, worker: &str, version: u64, reason: &str) -> Outcome {
+    report(state, worker, Some(version), ReplicaState::Failed, reason)
 }
 
 /// A cluster with a model that is ready wherever it was placed.

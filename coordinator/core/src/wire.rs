@@ -14,9 +14,14 @@ impl From<&RouteTable> for fleet::WatchResponse {
             epoch: table.epoch,
             models: table.models.iter().map(fleet::ModelRoute::from).collect(),
             workers: table.workers.iter().map(fleet::WorkerRoute::from).collect(),
+            labels: table.labels.iter().map(label).collect(),
             coordinator_grpc_addresses: table.coordinators.iter().map(|(_, address)| address.clone()).collect(),
         }
     }
+}
+
+fn label((model, label, version): &(String, String, u64)) -> fleet::Label {
+    fleet::Label { model: model.clone(), label: label.clone(), version: *version }
 }
 
 impl From<&ModelRoute> for fleet::ModelRoute {

@@ -123,7 +123,7 @@ where
     let outcome = timeout(limit, context.cluster.propose(body)).await;
     let outcome = outcome.map_err(|_| not_agreed("it took too long"))?.map_err(not_agreed)?;
     let epoch = match outcome {
-        Outcome::Done { epoch } | Outcome::Deployed { epoch, .. } => epoch,
+        Outcome::Done { epoch } | Outcome::Deployed { epoch, .. } | Outcome::DeployedSet { epoch, .. } => epoch,
         Outcome::Rejected(reject @ Reject::StaleIncarnation { incarnation_min, .. }) => {
             tracing::info!(%worker, incarnation, %reject, "refused a past life");
             return wire.fence(reject.to_string(), incarnation_min).await;

@@ -1,20 +1,23 @@
 //! Administration: status, deployments, the model repository.
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
 
-use cresset_core::{Command, CommandBody, CommandId, Outcome, Reject, command::DeploySpec};
+use cresset_core::{Command, CommandBody, CommandId};
 use cresset_proto::{
     admin::v1::{
-        DeployRequest, DeployResponse, RepositoryModel, RepositoryRequest, RepositoryResponse, StatusRequest, StatusResponse,
-        UndeployRequest, UndeployResponse, WatchStatusRequest, admin_service_server::AdminService,
+        DeployRequest, DeployResponse, LabelRequest, LabelResponse, RepositoryModel, RepositoryRequest, RepositoryResponse,
+        StatusRequest, StatusResponse, UndeployRequest, UndeployResponse, WatchStatusRequest, admin_service_server::AdminService,
     },
     reason::Reason,
 };
 use futures::{Stream, StreamExt};
-use prost::Message;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval};
 use tonic::{Request, Response, Status};
 
-use super::{Context, deadline, repository_status};
+use super::{
+    Context, deadline,
+    deploy::{Wanted, epoch_of},
+    repository_status,
+};
 
 /// How often a watched status is looked at anew; what only heartbeats tell changes without a command.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
@@ -60,16 +63,28 @@ impl AdminService for Admin {
         let deadline = deadline(request.metadata());
         let request = request.into_inner();
         let id = command_id(&request.command_id)?;
-        Ok(Response::new(self.context.deploy(id, &request.name, request.version, request.replicas, deadline).await?))
+        let version = (request.version > 0).then_some(request.version);
+        let wanted = Wanted { name: request.name, version, replicas: request.replicas, config: None };
+        Ok(Response::new(self.context.deploy(id, wanted, deadline).await?))
     }
 
     async fn undeploy(&self, request: Request<UndeployRequest>) -> Result<Response<UndeployResponse>, Status> {
         let deadline = deadline(request.metadata());
         let request = request.into_inner();
         let id = command_id(&request.command_id)?;
-        let command = Command { id, body: CommandBody::Undeploy { name: request.name } };
-        let outcome = self.context.agree(&command, deadline).await?;
+        let UndeployRequest { name, version, .. } = request;
+        let body = if version == 0 { CommandBody::Undeploy { name } } else { CommandBody::UndeployVersion { name, version } };
+        let outcome = self.context.agree(&Command { id, body }, deadline).await?;
         Ok(Response::new(UndeployResponse { epoch: epoch_of(&outcome) }))
+    }
+
+    async fn label(&self, request: Request<LabelRequest>) -> Result<Response<LabelResponse>, Status> {
+        let deadline = deadline(request.metadata());
+        let request = request.into_inner();
+        let id = command_id(&request.command_id)?;
+        let body = CommandBody::SetLabels { name: request.name, labels: request.labels.into_iter().collect() };
+        let outcome = self.context.agree(&Command { id, body }, deadline).await?;
+        Ok(Response::new(LabelResponse { epoch: epoch_of(&outcome) }))
     }
 
     async fn repository(&self, _: Request<RepositoryRequest>) -> Result<Response<RepositoryResponse>, Status> {
@@ -78,8 +93,9 @@ impl AdminService for Admin {
         let index =
             index.map_err(|error| Reason::Internal.status(error.to_string()))?.map_err(|error| repository_status(&error))?;
         let state = self.context.consensus.state();
+        let deployed: BTreeSet<&str> = state.models.keys().map(|key| key.name.as_str()).collect();
         let models = index.into_iter().map(|entry| RepositoryModel {
-            deployed: state.deployment(&entry.name).is_some(),
+            deployed: deployed.contains(entry.name.as_str()),
             name: entry.name,
             versions: entry.versions,
             platform: entry.platform,
@@ -87,53 +103,6 @@ impl AdminService for Admin {
             problem: entry.problem.unwrap_or_default(),
         });
         Ok(Response::new(RepositoryResponse { models: models.collect() }))
-    }
-}
-
-impl Context {
-    /// Deploys a model from the repository; `version` and `replicas` of 0 are the defaults.
-    pub(super) async fn deploy(
-        &self,
-        id: CommandId,
-        name: &str,
-        version: u64,
-        replicas: u32,
-        deadline: Instant,
-    ) -> Result<DeployResponse, Status> {
-        let stored = self.stored(name, (version > 0).then_some(version)).await?;
-        let replicas_wanted = if replicas == 0 { self.consensus.state().replicas_default() } else { replicas };
-        let spec = DeploySpec {
-            name: stored.name,
-            version: stored.version,
-            config: stored.config.encode_to_vec().into(),
-            digest: stored.digest,
-            size_bytes: stored.size_bytes,
-            replicas_wanted,
-            shards: 1,
-            platform: if stored.config.platform.is_empty() { "pytorch_libtorch".into() } else { stored.config.platform },
-        };
-        let outcome = self.agree(&Command { id, body: CommandBody::Deploy(spec) }, deadline).await?;
-        match outcome {
-            Outcome::Deployed { version, generation, epoch } => Ok(DeployResponse { version, generation, epoch }),
-            Outcome::Done { epoch } => Ok(DeployResponse { version: stored.version, generation: 0, epoch }),
-            Outcome::Rejected(reject) => Err(super::reject_status(&reject)),
-        }
-    }
-
-    /// Undeploys a model; one that isn't deployed is fine.
-    pub(super) async fn undeploy(&self, name: &str, deadline: Instant) -> Result<(), Status> {
-        let command = Command { id: CommandId(rand::random()), body: CommandBody::Undeploy { name: name.to_owned() } };
-        match self.propose(&command, deadline).await?.accepted() {
-            Ok(_) | Err(Reject::UnknownModel { .. }) => Ok(()),
-            Err(reject) => Err(super::reject_status(&reject)),
-        }
-    }
-}
-
-pub(super) fn epoch_of(outcome: &Outcome) -> u64 {
-    match outcome {
-        Outcome::Done { epoch } | Outcome::Deployed { epoch, .. } => *epoch,
-        Outcome::Rejected(_) => 0,
     }
 }
 

@@ -1,7 +1,7 @@
 //! The Open Inference Protocol for the whole cluster, through the router.
 use std::{pin::Pin, sync::Arc, time::Duration};
 
-use cresset_client::{CallOptions, ModelRoute, Router, Version};
+use cresset_client::{CallOptions, LookupError, ModelRoute, Router, Version};
 use cresset_core::{
     CommandId,
     status::{ModelState, models},
@@ -11,9 +11,8 @@ use cresset_proto::{
         Server, cuda_shared_memory_status, no_cuda_shared_memory, no_shared_memory, no_statistics, no_trace_settings,
         server_metadata,
     },
-    ids::model_version,
     inference::{grpc_inference_service_server::GrpcInferenceService, repository_index_response::ModelIndex, *},
-    model_config::{effective, metadata},
+    model_config::{effective, metadata, parse_json},
     reason::Reason,
 };
 use cresset_runtime::telemetry::{continue_trace, pass_trace};
@@ -22,7 +21,7 @@ use tokio::time::{Instant, timeout_at};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{Instrument, Span};
 
-use super::{Context, deadline, settings, statistics::Statistics};
+use super::{Context, deadline, deploy::Wanted, settings, statistics::Statistics};
 
 /// How long a load may take for a caller that gives no deadline.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
@@ -36,7 +35,7 @@ pub(super) struct Inference {
 type Answer<T> = Result<Response<T>, Status>;
 
 /// For calls that a later version serves.
-fn not_yet<T>(what: &str) -> Answer<T> {
+fn not_yet<T>(what: &str) -> Result<T, Status> {
     Err(Reason::Unsupported.status(format!("{what} is not supported by this server")))
 }
 
@@ -59,16 +58,8 @@ impl Inference {
     }
 
     fn route(&self, name: &str, version: &str) -> Result<Arc<ModelRoute>, Status> {
-        let wanted = model_version(version).map_err(|error| Reason::InvalidArgument.status(error.to_string()))?;
-        let wanted = wanted.map_or(Version::Highest, Version::Exactly);
-        let routes = self.router.routes();
-        routes.model(name, wanted).cloned().ok_or_else(|| {
-            let text = match wanted {
-                Version::Exactly(version) if routes.has_model(name) => format!("'{name}' version {version}"),
-                _ => format!("'{name}'"),
-            };
-            Reason::UnknownModel.status(format!("Request for unknown model: {text} is not found"))
-        })
+        let version = Version::read(version).map_err(|error| LookupError::from(error).status())?;
+        self.router.routes().lookup(name, &version).cloned().map_err(|error| error.status())
     }
 
     /// The GPUs where a model runs: those of one of its replicas, since all workers of a model are alike.
@@ -99,31 +90,28 @@ impl Inference {
         let epoch = self.context.consensus.state().epoch;
         let _ = timeout_at(deadline, self.router.wait_for_epoch(epoch)).await;
     }
+}
 
-    /// Waits until every wanted replica of a deployment is ready.
-    async fn until_ready(&self, name: &str, deadline: Instant) -> Result<(), Status> {
-        let mut applied = self.context.consensus.applied();
-        loop {
-            let status = {
-                let state = self.context.consensus.state();
-                models(&state, &self.context.fleet.plan(&state)).into_iter().find(|model| model.key.name == name)
-            };
-            match status {
-                None => {
-                    return Err(Reason::LoadFailed.status(format!("load failed for model '{name}': it was unloaded meanwhile")));
-                }
-                Some(status) if status.state == ModelState::Ready => return Ok(()),
-                Some(status) if status.state == ModelState::Failed => {
-                    return Err(Reason::LoadFailed.status(format!("load failed for model '{name}': {}", status.reason)));
-                }
-                Some(status) => {
-                    let late = |_| Reason::DeadlineExceeded.status(format!("model '{name}' isn't ready yet: {}", status.reason));
-                    let changed = timeout_at(deadline, applied.changed()).await.map_err(late)?;
-                    changed.map_err(|_| Reason::NoLeader.status("this coordinator is shutting down"))?;
-                }
+/// The configuration that a load brings along, in Triton's parameter for it.
+fn given_config(request: &RepositoryModelLoadRequest) -> Result<Option<ModelConfig>, Status> {
+    use model_repository_parameter::ParameterChoice::StringParam;
+    let mut config = None;
+    for (key, parameter) in &request.parameters {
+        match (key.as_str(), &parameter.parameter_choice) {
+            ("config", Some(StringParam(text))) => {
+                let fail = |error| {
+                    let name = &request.model_name;
+                    Reason::InvalidArgument.status(format!("parameter 'config' of model '{name}' is no ModelConfig: {error}"))
+                };
+                config = Some(parse_json(text).map_err(fail)?);
             }
+            ("config", _) => {
+                return Err(Reason::InvalidArgument.status("parameter 'config' must be a string: ModelConfig as JSON"));
+            }
+            _ => return not_yet(&format!("the parameter '{key}' of RepositoryModelLoad")),
         }
     }
+    Ok(config)
 }
 
 #[tonic::async_trait]
@@ -154,7 +142,11 @@ impl GrpcInferenceService for Inference {
     async fn model_metadata(&self, request: Request<ModelMetadataRequest>) -> Answer<ModelMetadataResponse> {
         let ModelMetadataRequest { name, version } = request.into_inner();
         let route = self.route(&name, &version)?;
-        Ok(Response::new(metadata(&route.config, vec![route.version.to_string()])))
+        let mut versions = vec![route.version.to_string()];
+        if version.is_empty() && !route.replicas.is_empty() {
+            versions = self.router.routes().versions_ready(&name).map(|version| version.to_string()).collect();
+        }
+        Ok(Response::new(metadata(&route.config, versions)))
     }
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Answer<ModelInferResponse> {
@@ -215,18 +207,17 @@ impl GrpcInferenceService for Inference {
         let has_deadline = request.metadata().contains_key("grpc-timeout");
         let deadline = if has_deadline { deadline(request.metadata()) } else { Instant::now() + LOAD_TIMEOUT };
         let request = request.into_inner();
-        if let Some(key) = request.parameters.keys().next() {
-            return not_yet(&format!("the parameter '{key}' of RepositoryModelLoad"));
-        }
+        let config = given_config(&request)?;
         let name = request.model_name;
-        let deployed = self.context.deploy(CommandId(rand::random()), &name, 0, 0, deadline).await;
-        deployed.map_err(|status| match Reason::of(&status) {
+        let wanted = Wanted { name: name.clone(), config, ..Default::default() };
+        let deployed = self.context.deploy(CommandId(rand::random()), wanted, deadline).await;
+        let deployed = deployed.map_err(|status| match Reason::of(&status) {
             // Triton's words, and its code.
             Some(Reason::UnknownModel) => Reason::LoadFailed
                 .status(format!("failed to load '{name}', failed to poll from model repository: {}", status.message())),
             _ => status,
         })?;
-        self.until_ready(&name, deadline).await?;
+        self.context.until_ready(&name, &deployed.versions, deadline).await?;
         self.routed(deadline).await;
         Ok(Response::new(RepositoryModelLoadResponse {}))
     }

@@ -108,6 +108,9 @@ impl Context {
             replicas_ready: model.replicas_ready,
             state: model_state(model.state).into(),
             reason: model.reason,
+            labels: model.labels,
+            leaving: model.leaving,
+            stuck: model.stuck,
         });
         StatusResponse {
             cluster_id: state.cluster_id.clone(),

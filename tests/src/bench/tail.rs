@@ -66,7 +66,7 @@ async fn with_neighbour(
         let deploy = DeployRequest { command_id: command_id(), name: HEAVY.into(), version: 0, replicas: 1 };
         admin.deploy(deploy).await?;
         cluster.wait_for_model(HEAVY, ModelState::Ready, MOVE_TIMEOUT).await?;
-        admin.undeploy(UndeployRequest { command_id: command_id(), name: HEAVY.into() }).await?;
+        admin.undeploy(UndeployRequest { command_id: command_id(), name: HEAVY.into(), version: 0 }).await?;
         let gone = |status: &cresset_proto::admin::v1::StatusResponse| {
             let holds = status.workers.iter().any(|worker| worker.replicas.iter().any(|replica| replica.model == HEAVY));
             (!holds && model_of(status, HEAVY).is_none()).then_some(())

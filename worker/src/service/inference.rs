@@ -54,7 +54,8 @@ impl GrpcInferenceService for Inference {
     async fn model_metadata(&self, request: Request<ModelMetadataRequest>) -> Answer<ModelMetadataResponse> {
         let ModelMetadataRequest { name, version } = request.into_inner();
         let served = self.worker.models.find(&name, &version).map_err(|error| error.status())?;
-        Ok(Response::new(metadata(&served.config, vec![served.key.version.to_string()])))
+        let versions = if version.is_empty() { self.worker.models.versions(&name) } else { vec![served.key.version] };
+        Ok(Response::new(metadata(&served.config, versions.iter().map(u64::to_string).collect())))
     }
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Answer<ModelInferResponse> {

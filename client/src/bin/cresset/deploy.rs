@@ -1,12 +1,19 @@
-//! `cresset deploy`, `cresset undeploy` and `cresset repository`.
+//! `cresset deploy`, `cresset undeploy`, `cresset label` and `cresset repository`.
 //!
 //! A command carries an id chosen here, the same in every retry, so that it is applied once whoever had to be asked.
 //! Waiting follows the cluster's status as it changes; nothing is polled.
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use cresset_client::CallError;
-use cresset_proto::admin::v1::{
-    DeployRequest, DeployResponse, RepositoryRequest, UndeployRequest, UndeployResponse, admin_service_client::AdminServiceClient,
+use cresset_proto::{
+    admin::v1::{
+        DeployRequest, DeployResponse, DeployedVersion, LabelRequest, RepositoryRequest, UndeployRequest, UndeployResponse,
+        admin_service_client::AdminServiceClient,
+    },
+    ids::check_label,
 };
 use serde::Serialize;
 use tokio::time::timeout;
@@ -25,10 +32,11 @@ const WAIT_DEFAULT: Duration = Duration::from_secs(60);
 pub struct DeployArgs {
     /// The model's folder in the repository
     name: String,
-    /// The version to serve [default: the highest in the repository]
+    /// Serve exactly this version in addition to those that are served [default: those that the model's version_policy
+    /// chooses, by itself the highest in the repository, and no others; a version that has a label stays too]
     #[arg(long, value_name = "V", value_parser = clap::value_parser!(u64).range(1..))]
     version: Option<u64>,
-    /// On how many workers [default: 2, or as many as there are workers if fewer]
+    /// On how many workers each version [default: as it is; for a new one 2, or as many as there are workers if fewer]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     replicas: Option<u32>,
     /// Wait until every replica is ready; exit 1 with the reason if that can't be
@@ -41,9 +49,34 @@ pub struct DeployArgs {
 pub struct UndeployArgs {
     /// The deployed model
     name: String,
+    /// Only this version [default: all of them]
+    #[arg(long, value_name = "V", value_parser = clap::value_parser!(u64).range(1..))]
+    version: Option<u64>,
     /// Wait until no living worker holds it any more
     #[arg(long)]
     wait: bool,
+}
+
+/// Flags of `cresset label`.
+#[derive(clap::Args)]
+pub struct LabelArgs {
+    /// The deployed model
+    name: String,
+    /// A label and the version that it is to point at, as in canary=2; canary= takes the label away. All at once, or none
+    #[arg(required = true, value_name = "LABEL=VERSION", value_parser = label)]
+    labels: Vec<(String, u64)>,
+}
+
+fn label(text: &str) -> Result<(String, u64), String> {
+    let (label, version) = text.split_once('=').ok_or("it must be LABEL=VERSION, as in canary=2, or LABEL= to take it away")?;
+    check_label(label).map_err(|error| error.to_string())?;
+    match version {
+        "" => Ok((label.to_owned(), 0)),
+        number => match number.parse() {
+            Ok(version) if version > 0 => Ok((label.to_owned(), version)),
+            Ok(_) | Err(_) => Err(format!("version '{number}' must be a whole number from 1")),
+        },
+    }
 }
 
 /// Why a deployment wasn't brought about.
@@ -66,7 +99,10 @@ pub enum WaitError {
 #[derive(Serialize)]
 struct Deployed<'a> {
     name: &'a str,
+    /// The highest.
     version: u64,
+    /// All that this was about.
+    versions: Vec<u64>,
     generation: u64,
     epoch: u64,
     /// Only with `--wait`.
@@ -81,21 +117,24 @@ struct Deployed<'a> {
 pub async fn deploy(cluster: &Cluster, args: &DeployArgs, settings: &Settings) -> anyhow::Result<()> {
     let begun = Instant::now();
     let accepted = send_deploy(cluster, &args.name, args.version, args.replicas).await?;
-    let label = format!("{}/{}", args.name, accepted.version);
+    let versions: Vec<u64> = accepted.versions.iter().map(|deployed| deployed.version).collect();
+    let label = versions.iter().map(|version| format!("{}/{version}", args.name)).collect::<Vec<_>>().join(", ");
+    let is = if versions.len() == 1 { "is" } else { "are" };
     if args.wait {
-        eprintln!("cresset: {label} is accepted, waiting until it is ready");
+        eprintln!("cresset: {label} {is} accepted, waiting until ready");
         wait_ready(cluster, &args.name, &accepted, settings.given_timeout.unwrap_or(WAIT_DEFAULT)).await?;
     }
     match settings.output {
         Format::Json => output::print_json(&Deployed {
             name: &args.name,
             version: accepted.version,
+            versions,
             generation: accepted.generation,
             epoch: accepted.epoch,
             state: args.wait.then_some("ready"),
         })?,
-        Format::Table if args.wait => output::print(&format!("{label} is ready after {}", output::seconds(begun.elapsed())))?,
-        Format::Table => output::print(&format!("{label} is accepted; `cresset status` shows its progress"))?,
+        Format::Table if args.wait => output::print(&format!("{label} {is} ready after {}", output::seconds(begun.elapsed())))?,
+        Format::Table => output::print(&format!("{label} {is} accepted; `cresset status` shows the progress"))?,
     }
     Ok(())
 }
@@ -134,15 +173,26 @@ enum Progress {
 }
 
 fn progress(report: &Report, name: &str, accepted: &DeployResponse) -> Progress {
-    let Some(model) = report.model(name).filter(|model| model.generation >= accepted.generation) else {
-        let is_old = report.epoch < accepted.epoch || report.model(name).is_some();
+    let versions = accepted.versions.iter().map(|deployed| version_progress(report, name, deployed, accepted.epoch));
+    // The first that isn't ready tells what is waited for, unless one can't be served at all.
+    versions.fold(Progress::Ready, |whole, one| match (&whole, &one) {
+        (Progress::Failed(_), _) | (_, Progress::Ready) => whole,
+        (_, Progress::Failed(_)) | (Progress::Ready, _) => one,
+        _ => whole,
+    })
+}
+
+fn version_progress(report: &Report, name: &str, wanted: &DeployedVersion, epoch: u64) -> Progress {
+    let known = report.model(name, wanted.version);
+    let Some(model) = known.filter(|model| model.generation >= wanted.generation) else {
+        let is_old = report.epoch < epoch || known.is_some();
         return if is_old { Progress::Pending("not known there yet".to_owned()) } else { Progress::Gone };
     };
     let reason = if model.reason.is_empty() { String::new() } else { format!(" ({})", model.reason) };
     match model.state {
         "ready" => Progress::Ready,
-        "failed" if model.reason.is_empty() => Progress::Failed("no reason was given".to_owned()),
-        "failed" => Progress::Failed(model.reason.clone()),
+        _ if model.stuck && model.reason.is_empty() => Progress::Failed("no reason was given".to_owned()),
+        _ if model.stuck => Progress::Failed(model.reason.clone()),
         state => {
             Progress::Pending(format!("{state}, {} of {} replicas ready{reason}", model.replicas_ready, model.replicas_wanted))
         }
@@ -187,26 +237,40 @@ fn with_error(state: String, error: Option<&(String, String)>) -> String {
 /// # Errors
 /// When it is refused, when nobody answers, and with `--wait` when workers still hold it as the time is over.
 pub async fn undeploy(cluster: &Cluster, args: &UndeployArgs, settings: &Settings) -> anyhow::Result<()> {
-    let message = UndeployRequest { command_id: command_id(), name: args.name.clone() };
+    let message = UndeployRequest { command_id: command_id(), name: args.name.clone(), version: args.version.unwrap_or(0) };
     let ask = async |channel, limit| AdminServiceClient::new(channel).undeploy(request(message.clone(), limit)).await;
     let accepted: UndeployResponse = cluster.call(ask).await?;
     if args.wait {
-        wait_gone(cluster, &args.name, &accepted, settings.given_timeout.unwrap_or(WAIT_DEFAULT)).await?;
+        wait_gone(cluster, args, &accepted, settings.given_timeout.unwrap_or(WAIT_DEFAULT)).await?;
     }
     match settings.output {
-        Format::Json => output::print_json(&serde_json::json!({"name": args.name, "epoch": accepted.epoch}))?,
-        Format::Table => output::print(&format!("{} is undeployed", args.name))?,
+        Format::Json => {
+            let json = serde_json::json!({"name": args.name, "version": args.version, "epoch": accepted.epoch});
+            output::print_json(&json)?;
+        }
+        Format::Table => {
+            let version = args.version.map_or(String::new(), |version| format!("/{version}"));
+            output::print(&format!("{}{version} is undeployed", args.name))?;
+        }
     }
     Ok(())
 }
 
-async fn wait_gone(cluster: &Cluster, name: &str, accepted: &UndeployResponse, limit: Duration) -> Result<(), WaitError> {
+async fn wait_gone(
+    cluster: &Cluster,
+    args: &UndeployArgs,
+    accepted: &UndeployResponse,
+    limit: Duration,
+) -> Result<(), WaitError> {
+    let name = args.name.as_str();
+    let meant = |version| args.version.is_none_or(|wanted| wanted == version);
     let mut last = "no status came".to_owned();
     let mut watch = cluster.watch();
     let follow = async {
         loop {
             let report = Report::from(watch.next().await?);
-            let holders: Vec<_> = report.replicas_of(name).map(|(worker, _)| worker.id.as_str()).collect();
+            let holders: Vec<_> =
+                report.replicas_of(name).filter(|(_, r)| meant(r.version)).map(|(worker, _)| worker.id.as_str()).collect();
             if report.epoch >= accepted.epoch && holders.is_empty() {
                 return Ok(());
             }
@@ -218,6 +282,25 @@ async fn wait_gone(cluster: &Cluster, name: &str, accepted: &UndeployResponse, l
         let state = with_error(last, watch.last_error());
         Err(WaitError::TimedOut { name: name.to_owned(), doing: "is still held", after: limit, state })
     })
+}
+
+/// Runs `cresset label`.
+///
+/// # Errors
+/// When it is refused, or nobody answers.
+pub async fn set_labels(cluster: &Cluster, args: &LabelArgs, format: Format) -> anyhow::Result<()> {
+    let labels: BTreeMap<String, u64> = args.labels.iter().cloned().collect();
+    if labels.len() < args.labels.len() {
+        anyhow::bail!("a label is given twice");
+    }
+    let message = LabelRequest { command_id: command_id(), name: args.name.clone(), labels: labels.into_iter().collect() };
+    let ask = async |channel, limit| AdminServiceClient::new(channel).label(request(message.clone(), limit)).await;
+    let accepted = cluster.call(ask).await?;
+    match format {
+        Format::Json => output::print_json(&serde_json::json!({"name": args.name, "epoch": accepted.epoch}))?,
+        Format::Table => output::print(&format!("the labels of {} are set; `cresset status` shows them", args.name))?,
+    }
+    Ok(())
 }
 
 #[derive(Serialize)]
@@ -274,7 +357,7 @@ mod tests {
     use crate::status::tests::example;
 
     fn accepted(generation: u64, epoch: u64) -> DeployResponse {
-        DeployResponse { version: 1, generation, epoch }
+        DeployResponse { version: 1, generation, epoch, versions: vec![DeployedVersion { version: 1, generation }] }
     }
 
     #[test]
@@ -291,6 +374,29 @@ mod tests {
         assert!(matches!(progress(&report, "broken", &accepted(8, 13)), Progress::Pending(_)));
         assert!(matches!(progress(&report, "new", &accepted(8, 13)), Progress::Pending(_)));
         assert_eq!(progress(&report, "new", &accepted(8, 12)), Progress::Gone);
+    }
+
+    #[test]
+    fn every_version_is_waited_for_and_one_failure_ends_it() {
+        let mut status = example();
+        let second = cresset_proto::admin::v1::Model { version: 2, ..status.models[1].clone() };
+        status.models[1].state = cresset_proto::admin::v1::ModelState::Ready.into();
+        status.models[1].stuck = false;
+        status.models.push(second);
+        let mut both = accepted(7, 12);
+        let report = Report::from(status);
+        assert_eq!(progress(&report, "broken", &both), Progress::Ready);
+        both.versions.push(DeployedVersion { version: 2, generation: 7 });
+        assert_eq!(progress(&report, "broken", &both), Progress::Failed("model.pt is not an archive".to_owned()));
+    }
+
+    #[test]
+    fn labels_are_read_as_they_are_written() {
+        assert_eq!(label("canary=2"), Ok(("canary".to_owned(), 2)));
+        assert_eq!(label("canary="), Ok(("canary".to_owned(), 0)));
+        for wrong in ["canary", "=2", "2=2", "canary=0", "canary=two", "a b=1"] {
+            assert!(label(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

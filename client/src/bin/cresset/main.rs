@@ -47,10 +47,12 @@ enum Command {
     Up(Box<up::Args>),
     /// Show coordinators, workers and models
     Status(status::Args),
-    /// Deploy a model of the repository, or change its version or its number of replicas
+    /// Deploy a model of the repository, again if its files have changed, or change its number of replicas
     Deploy(deploy::DeployArgs),
-    /// Take a model out of service
+    /// Take a model out of service, or one version of it
     Undeploy(deploy::UndeployArgs),
+    /// Move labels of a model, names that requests can use for a version
+    Label(deploy::LabelArgs),
     /// List what the model repository has to deploy
     Repository,
     /// Run one prediction and print its outputs
@@ -103,6 +105,7 @@ async fn dispatch(command: &Command, settings: Settings, up_settings: up::Settin
         Command::Status(args) => status::run(&cluster, args, settings.output).await?,
         Command::Deploy(args) => deploy::deploy(&cluster, args, &settings).await?,
         Command::Undeploy(args) => deploy::undeploy(&cluster, args, &settings).await?,
+        Command::Label(args) => deploy::set_labels(&cluster, args, settings.output).await?,
         Command::Repository => deploy::repository(&cluster, settings.output).await?,
         Command::Bench(args) => bench::run(&cluster, args, &settings).await?,
         Command::Predict(args) => predict::run(&cluster, args, settings.output).await?,

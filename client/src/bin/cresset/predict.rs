@@ -35,9 +35,9 @@ pub struct Args {
     /// An input: NAME=@FILE.npy, or NAME=VALUES as in 16000 or 1,2,3 or [[1,2],[3,4]]; once for each input
     #[arg(short, long = "input", value_name = "NAME=VALUE", required = true)]
     inputs: Vec<InputArg>,
-    /// The version to ask [default: the one that is deployed]
-    #[arg(long, value_name = "V", value_parser = clap::value_parser!(u64).range(1..))]
-    version: Option<u64>,
+    /// The version to ask, a number or a label [default: the highest that is ready]
+    #[arg(long, value_name = "V")]
+    version: Option<String>,
     /// Make it part of a sequence: a number or a text
     #[arg(long, value_name = "ID")]
     sequence_id: Option<String>,
@@ -89,7 +89,7 @@ impl FromStr for InputArg {
 pub async fn run(cluster: &Cluster, args: &Args, format: Format) -> anyhow::Result<()> {
     // Files that aren't there are found before anyone is asked.
     let arrays = read_files(&args.inputs)?;
-    let version = args.version.map(|version| version.to_string()).unwrap_or_default();
+    let version = args.version.clone().unwrap_or_default();
     let metadata = metadata(cluster, &args.name, &version).await?;
     let mut message = ModelInferRequest {
         model_name: args.name.clone(),

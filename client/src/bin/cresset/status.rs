@@ -95,6 +95,12 @@ pub struct Model {
     pub shards: u32,
     pub replicas_wanted: u32,
     pub replicas_ready: u32,
+    /// Names that requests can use for this version.
+    pub labels: Vec<String>,
+    /// It goes as soon as what was deployed instead has come up.
+    pub leaving: bool,
+    /// Nothing of this generation answers, and nothing will without help. What was deployed before may answer.
+    pub stuck: bool,
 }
 
 impl Report {
@@ -103,9 +109,14 @@ impl Report {
         self.coordinators.iter().find(|coordinator| coordinator.role == "leader")
     }
 
-    /// The deployed model of that name.
-    pub fn model(&self, name: &str) -> Option<&Model> {
-        self.models.iter().find(|model| model.name == name)
+    /// The deployed versions of a model, ascending.
+    pub fn versions<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Model> {
+        self.models.iter().filter(move |model| model.name == name)
+    }
+
+    /// One deployed version of a model.
+    pub fn model(&self, name: &str, version: u64) -> Option<&Model> {
+        self.models.iter().find(|model| model.name == name && model.version == version)
     }
 
     /// Replicas of one model, on workers that live.
@@ -130,7 +141,7 @@ impl From<StatusResponse> for Report {
         };
         report.coordinators.sort_by_key(|coordinator| natural(&coordinator.id));
         report.workers.sort_by_key(|worker| natural(&worker.id));
-        report.models.sort_by(|a, b| a.name.cmp(&b.name));
+        report.models.sort_by(|a, b| (&a.name, a.version).cmp(&(&b.name, b.version)));
         report
     }
 }
@@ -222,6 +233,9 @@ impl From<admin::Model> for Model {
             shards: model.shards,
             replicas_wanted: model.replicas_wanted,
             replicas_ready: model.replicas_ready,
+            labels: model.labels,
+            leaving: model.leaving,
+            stuck: model.stuck,
         }
     }
 }
@@ -322,12 +336,14 @@ fn tables(report: &Report) -> String {
     text += &output::table(&["WORKER", "STATE", "DEVICE", "MEMORY FREE", "IN FLIGHT", "INCARNATION", "REPLICAS"], rows);
     let model = |m: &Model| {
         let replicas = format!("{}/{}", m.replicas_ready, m.replicas_wanted);
-        let reason = if m.reason.is_empty() { "-".to_owned() } else { m.reason.clone() };
-        vec![m.name.clone(), m.version.to_string(), m.state.to_owned(), m.shards.to_string(), replicas, reason]
+        let dash = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
+        let state = if m.leaving { format!("{}, leaving", m.state) } else { m.state.to_owned() };
+        let labels = dash(&m.labels.join(", "));
+        vec![m.name.clone(), m.version.to_string(), labels, state, m.shards.to_string(), replicas, dash(&m.reason)]
     };
     let rows = report.models.iter().map(model).collect();
     text += "\n";
-    text += &output::table(&["MODEL", "VERSION", "STATE", "SHARDS", "REPLICAS", "REASON"], rows);
+    text += &output::table(&["MODEL", "VERSION", "LABELS", "STATE", "SHARDS", "REPLICAS", "REASON"], rows);
     for worker in &report.workers {
         for replica in worker.replicas.iter().filter(|replica| !replica.reason.is_empty()) {
             text += &format!("\n{} on {}: {}", replica_words(replica), worker.id, replica.reason);
@@ -385,6 +401,9 @@ pub mod tests {
             replicas_ready: ready,
             state: state as i32,
             reason: reason.to_owned(),
+            labels: if name == "vad" { vec!["canary".to_owned(), "stable".to_owned()] } else { vec![] },
+            leaving: false,
+            stuck: state == ModelState::Failed,
         };
         StatusResponse {
             cluster_id: "local-0123abcd".to_owned(),
@@ -436,6 +455,8 @@ pub mod tests {
         assert_eq!(json["models"][0]["name"], "broken");
         assert_eq!(json["models"][0]["state"], "failed");
         assert_eq!(json["models"][1]["state"], "degraded");
+        assert_eq!(json["models"][1]["labels"], serde_json::json!(["canary", "stable"]));
+        assert_eq!(json["models"][0]["stuck"], true);
         assert_eq!(json["models"][1]["replicas_wanted"], 2);
         assert_eq!(json["models"][1]["replicas_ready"], 1);
         assert_eq!(json["models"][1]["reason"], "1 of 2 replicas");
@@ -449,7 +470,7 @@ pub mod tests {
             "c1           127.0.0.1:8011   unreachable  3     41",
             "3.0 GiB of 4.0 GiB",
             "vad/1 ready, broken/1 failed",
-            "degraded  1       1/2",
+            "canary, stable  degraded  1       1/2",
             "broken/1 failed on w1: model.pt is not an archive",
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");

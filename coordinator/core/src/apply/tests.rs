@@ -5,9 +5,9 @@ use proptest::{collection::vec, prelude::*};
 use super::*;
 use crate::{
     CommandId,
-    command::Cause,
+    command::{CONFIG_BYTES_MAX, Cause, DeploySet, DeploySpec, VersionSpec},
     placement, routes, snapshot,
-    state::REMEMBERED_COMMANDS_MAX,
+    state::{ModelKey, REMEMBERED_COMMANDS_MAX},
     testkit::{self, cluster, deployed, fail, hosts, mark_dead, place, ready, register, registered, replica, run, spec, w},
 };
 
@@ -41,7 +41,7 @@ fn a_rejection_is_remembered_as_well() {
     assert_eq!(apply(&mut state, &command).0, rejected);
     testkit::deploy(&mut state, "m", 1, 1);
     assert_eq!(apply(&mut state, &command).0, rejected);
-    assert!(state.deployment("m").is_some());
+    assert!(state.versions("m").next().is_some());
 }
 
 #[test]
@@ -154,19 +154,6 @@ fn deploying_again_retries_what_failed_and_only_that() {
     assert_eq!((w2.state, w2.generation), (ReplicaState::Assigned, 2));
     ready(&mut state, "w2");
     assert_eq!(routes::routes(&state).models[0].shards[0], vec![w("w1"), w("w2")], "a later generation serves too");
-}
-
-#[test]
-fn other_content_under_the_same_name_starts_over_where_it_is() {
-    let mut state = cluster(&["w1", "w2", "w3"], "m", 2);
-    let outcome = testkit::deploy(&mut state, "m", 2, 2);
-    assert!(matches!(outcome, Outcome::Deployed { version: 2, generation: 2, .. }), "{outcome:?}");
-    assert_eq!(state.models.len(), 1);
-    assert_eq!(hosts(&state, "m"), ["w1", "w2"]);
-    assert!(state.replicas.iter().all(|(id, r)| id.version == 2 && r.generation == 2 && r.state == ReplicaState::Assigned));
-
-    let config = DeploySpec { config: "other".into(), ..spec("m", 2, 2) };
-    assert!(matches!(deploy(&mut state, config), Outcome::Deployed { version: 2, generation: 3, .. }));
 }
 
 #[test]
@@ -354,7 +341,17 @@ fn step() -> impl Strategy<Value = Step> {
         (worker(), 1..=5_u64, prop::sample::select(causes.to_vec()))
             .prop_map(|(worker, incarnation, cause)| CommandBody::MarkDead { worker, incarnation, cause }),
         deploy_spec().prop_map(CommandBody::Deploy),
+        (deploy_spec(), any::<bool>(), any::<bool>()).prop_map(|(spec, both, only)| {
+            let mut set = DeploySet { only, ..DeploySet::from(&spec) };
+            if both {
+                set.versions.push(VersionSpec { version: 3 - spec.version, ..set.versions[0].clone() });
+            }
+            CommandBody::DeploySet(set)
+        }),
         model().prop_map(|name| CommandBody::Undeploy { name }),
+        (model(), 1..=2_u64).prop_map(|(name, version)| CommandBody::UndeployVersion { name, version }),
+        (model(), prop::collection::btree_map("[a-c1]", 0..=2_u64, 0..3))
+            .prop_map(|(name, labels)| CommandBody::SetLabels { name, labels }),
         (0..=9_u64, vec(replica_id(), 0..4), vec(replica_id(), 0..4)).prop_map(|(epoch_seen, add, remove)| CommandBody::Place {
             epoch_seen,
             add,
@@ -399,13 +396,24 @@ fn check_invariants(state: &ClusterState) {
         let deployment = state.models.get(&id.key()).unwrap_or_else(|| panic!("{id:?} of nothing deployed"));
         assert!(id.shard < deployment.shards, "{id:?}");
         assert!(replica.generation >= deployment.generation, "{id:?} of a past deployment");
+        assert!(replica.former < replica.generation, "{id:?}");
+        assert!(replica.former == 0 || replica.state != ReplicaState::Ready, "{id:?}");
     }
     for worker in state.workers.values() {
         let fenced = worker.incarnation_floor > worker.incarnation;
         assert_eq!(fenced, worker.state == WorkerState::Dead);
     }
-    let names: std::collections::BTreeSet<&String> = state.models.keys().map(|key| &key.name).collect();
-    assert_eq!(names.len(), state.models.len(), "one version of each name");
+    for (model, labels) in &state.labels {
+        assert!(!labels.is_empty());
+        for version in labels.values() {
+            let deployment = &state.models[&ModelKey { name: model.clone(), version: *version }];
+            assert!(!deployment.leaving, "a label on what leaves");
+        }
+    }
+    for (key, deployment) in state.models.iter().filter(|(_, deployment)| deployment.leaving) {
+        let stays = state.versions(&key.name).any(|(_, other)| !other.leaving);
+        assert!(stays, "{key:?} makes room for nobody: {deployment:?}");
+    }
     for route in routes::routes(state).models {
         for worker in route.shards.iter().flatten() {
             assert_ne!(state.workers[worker].state, WorkerState::Dead);
@@ -433,6 +441,15 @@ proptest! {
             check_invariants(&state);
             prop_assert!(state.epoch >= epoch_before);
             prop_assert!(state.epoch > epoch_before || told(&state) == told_before, "nobody would notice {command:?}");
+            if matches!(command.body, CommandBody::Deploy(_) | CommandBody::DeploySet(_) | CommandBody::SetLabels { .. }) {
+                let names = |table: &routes::RouteTable| -> std::collections::BTreeSet<String> {
+                    let served = table.models.iter().filter(|m| !m.shards.iter().any(Vec::is_empty));
+                    served.map(|m| m.key.name.clone()).collect()
+                };
+                let cut_anew = told_before.0.models.iter().any(|m| m.shards.len() > 1)
+                    || told(&state).0.models.iter().any(|m| m.shards.len() > 1);
+                prop_assert!(cut_anew || names(&told_before.0).is_subset(&names(&told(&state).0)), "a deployment took a model away");
+            }
             if matches!(command.body, CommandBody::Place { .. }) {
                 let serving: Vec<bool> = told(&state).0.models.iter().map(|m| !m.shards[0].is_empty()).collect();
                 prop_assert_eq!(serving, serving_before, "a plan took the last replica that answers");

@@ -14,7 +14,7 @@ use crate::{
     connect::{Cluster, request},
     deploy::send_deploy,
     output,
-    status::Report,
+    status::{Model, Report},
 };
 
 const ELECTION_TIMEOUT: Duration = Duration::from_secs(60);
@@ -129,29 +129,46 @@ async fn follow<T>(
 
 /// Deploys a model, unless a cluster that was here before has it already.
 async fn deploy(goal: &Goal, name: &str, statuses: &Statuses) -> Result<(), ReadyError> {
-    let known = statuses.borrow().as_ref().and_then(|report| report.model(name).map(|model| model.state));
-    if known.is_some_and(|state| state != "failed") {
+    let known = |report: &Report| report.versions(name).any(|model| model.state != "failed");
+    if statuses.borrow().as_ref().is_some_and(known) {
         return Ok(());
     }
     let cluster = Cluster::new(goal.coordinators.clone(), DEPLOY_TIMEOUT);
     let accepted =
         send_deploy(&cluster, name, None, None).await.map_err(|error| ReadyError::Deploy { name: name.to_owned(), error })?;
     // What was known before was about an earlier deployment.
-    let new = |report: &Report| report.model(name).is_some_and(|model| model.generation >= accepted.generation).then_some(());
+    let new = |report: &Report| {
+        let mut versions = accepted.versions.iter();
+        let is_known = |model: &Model, generation| model.generation >= generation;
+        versions.all(|new| report.model(name, new.version).is_some_and(|model| is_known(model, new.generation))).then_some(())
+    };
     follow(&mut statuses.clone(), Duration::MAX, new).await.map(drop)
 }
 
 /// Ready, or with fewer replicas than wanted and no more to come; `Err` when it failed for good.
 fn served(report: &Report, name: &str) -> Option<Result<(), String>> {
-    let model = report.model(name)?;
+    let mut versions = report.versions(name).filter(|model| !model.leaving).peekable();
+    versions.peek()?;
+    let mut all = Some(Ok(()));
+    for model in versions {
+        match version_served(report, model) {
+            Some(Ok(())) => {}
+            Some(Err(reason)) => return Some(Err(reason)),
+            None => all = None,
+        }
+    }
+    all
+}
+
+fn version_served(report: &Report, model: &Model) -> Option<Result<(), String>> {
     match model.state {
         "ready" => Some(Ok(())),
         "failed" => Some(Err(if model.reason.is_empty() { "no reason was given".to_owned() } else { model.reason.clone() })),
         "degraded" => {
-            let mut replicas = report.replicas_of(name).peekable();
-            replicas.peek()?;
-            replicas.all(|(_, replica)| matches!(replica.state, "ready" | "failed")).then_some(())?;
-            report.replicas_of(name).any(|(_, replica)| replica.state == "failed").then_some(Ok(()))
+            let replicas = || report.replicas_of(&model.name).filter(|(_, replica)| replica.version == model.version);
+            replicas().next()?;
+            replicas().all(|(_, replica)| matches!(replica.state, "ready" | "failed")).then_some(())?;
+            replicas().any(|(_, replica)| replica.state == "failed").then_some(Ok(()))
         }
         _ => None,
     }

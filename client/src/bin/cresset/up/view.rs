@@ -19,7 +19,7 @@ use crate::{
 pub struct Narrator {
     workers_expected: usize,
     last: Option<Report>,
-    loading_since_ms: BTreeMap<(String, u64), u64>,
+    loading_since_ms: BTreeMap<(String, u64, u64), u64>,
 }
 
 impl Narrator {
@@ -61,8 +61,9 @@ impl Narrator {
 
     fn model_lines(&mut self, old: Option<&Report>, new: &Report, now_ms: u64, lines: &mut Vec<String>) {
         for model in &new.models {
-            let before = old.and_then(|old| old.model(&model.name)).filter(|before| before.generation == model.generation);
-            let key = (model.name.clone(), model.generation);
+            let before =
+                old.and_then(|old| old.model(&model.name, model.version)).filter(|before| before.generation == model.generation);
+            let key = (model.name.clone(), model.version, model.generation);
             if before.is_none() {
                 self.loading_since_ms.insert(key.clone(), now_ms);
             }
@@ -87,11 +88,12 @@ impl Narrator {
                 state => format!("{label}: {state}, {replicas}{reason}"),
             });
         }
-        for gone in old.into_iter().flat_map(|old| &old.models).filter(|model| new.model(&model.name).is_none()) {
+        for gone in old.into_iter().flat_map(|old| &old.models).filter(|model| new.model(&model.name, model.version).is_none()) {
             lines.push(format!("model {}/{}: undeployed", gone.name, gone.version));
         }
-        self.loading_since_ms
-            .retain(|(name, generation), _| new.model(name).is_some_and(|model| model.generation == *generation));
+        self.loading_since_ms.retain(|(name, version, generation), _| {
+            new.model(name, *version).is_some_and(|model| model.generation == *generation)
+        });
     }
 }
 

@@ -1,0 +1,116 @@
+//! Deployments, as administrators and as Triton's clients ask for them: read the repository, have it agreed on, wait for it.
+use cresset_core::{
+    Command, CommandBody, CommandId, Outcome, Reject,
+    command::{DeploySet, VersionSpec},
+    state::ModelKey,
+    status::{ModelState, models},
+};
+use cresset_proto::{
+    admin::v1::{DeployResponse, DeployedVersion},
+    inference::ModelConfig,
+    model_config::platform_of,
+    reason::Reason,
+};
+use prost::Message;
+use tokio::time::{Instant, timeout_at};
+use tonic::Status;
+
+use super::Context;
+
+/// What somebody wants to have served.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Wanted {
+    /// The model's name.
+    pub(super) name: String,
+    /// This version beside those that are served; `None` for those that the version policy chooses, and no others.
+    pub(super) version: Option<u64>,
+    /// Of each version; 0 for as many as it has, or the default.
+    pub(super) replicas: u32,
+    /// Instead of the repository's.
+    pub(super) config: Option<ModelConfig>,
+}
+
+impl Context {
+    /// Deploys a model from the repository.
+    pub(super) async fn deploy(&self, id: CommandId, wanted: Wanted, deadline: Instant) -> Result<DeployResponse, Status> {
+        let stored = self.stored(&wanted).await?;
+        let Some(first) = stored.first() else { return Err(Reason::Internal.status("the repository chose no version")) };
+        let (config, platform) = (first.config.encode_to_vec().into(), platform_of(&first.config).to_owned());
+        let versions = {
+            let state = self.consensus.state();
+            let version = |stored: &cresset_client::repository::StoredModel| {
+                let key = ModelKey { name: wanted.name.clone(), version: stored.version };
+                let has = state.models.get(&key).map(|deployment| deployment.replicas_wanted);
+                VersionSpec {
+                    version: stored.version,
+                    digest: stored.digest.clone(),
+                    size_bytes: stored.size_bytes,
+                    replicas_wanted: match wanted.replicas {
+                        0 => has.unwrap_or_else(|| state.replicas_default()),
+                        replicas => replicas,
+                    },
+                }
+            };
+            stored.iter().map(version).collect()
+        };
+        let only = wanted.version.is_none();
+        let set = DeploySet { name: wanted.name, config, shards: 1, platform, versions, only };
+        match self.agree(&Command { id, body: CommandBody::DeploySet(set) }, deadline).await? {
+            Outcome::DeployedSet { versions, epoch } => Ok(response(versions, epoch)),
+            Outcome::Deployed { version, generation, epoch } => Ok(response(vec![(version, generation)], epoch)),
+            Outcome::Done { .. } => {
+                Err(Reason::Conflict.status("this command_id was used for another command; choose a new one"))
+            }
+            Outcome::Rejected(reject) => Err(super::reject_status(&reject)),
+        }
+    }
+
+    /// Undeploys a model in all its versions; one that isn't deployed is fine.
+    pub(super) async fn undeploy(&self, name: &str, deadline: Instant) -> Result<(), Status> {
+        let command = Command { id: CommandId(rand::random()), body: CommandBody::Undeploy { name: name.to_owned() } };
+        match self.propose(&command, deadline).await?.accepted() {
+            Ok(_) | Err(Reject::UnknownModel { .. }) => Ok(()),
+            Err(reject) => Err(super::reject_status(&reject)),
+        }
+    }
+
+    /// Waits until every wanted replica of every version is ready.
+    pub(super) async fn until_ready(&self, name: &str, versions: &[DeployedVersion], deadline: Instant) -> Result<(), Status> {
+        let failed = |text: &str| Reason::LoadFailed.status(format!("load failed for model '{name}': {text}"));
+        let mut applied = self.consensus.applied();
+        for wanted in versions {
+            loop {
+                let status = {
+                    let state = self.consensus.state();
+                    let mut all = models(&state, &self.fleet.plan(&state)).into_iter();
+                    all.find(|model| model.key.name == name && model.key.version == wanted.version)
+                };
+                let Some(status) = status else { return Err(failed("it was unloaded meanwhile")) };
+                match status.state {
+                    ModelState::Ready => break,
+                    ModelState::Failed => return Err(failed(&status.reason)),
+                    _ if status.stuck => return Err(failed(&status.reason)),
+                    ModelState::Loading | ModelState::Degraded => {}
+                }
+                let late = |_| Reason::DeadlineExceeded.status(format!("model '{name}' isn't ready yet: {}", status.reason));
+                let changed = timeout_at(deadline, applied.changed()).await.map_err(late)?;
+                changed.map_err(|_| Reason::NoLeader.status("this coordinator is shutting down"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn response(versions: Vec<(u64, u64)>, epoch: u64) -> DeployResponse {
+    let (version, generation) = versions.iter().copied().max().unwrap_or_default();
+    let versions = versions.into_iter().map(|(version, generation)| DeployedVersion { version, generation }).collect();
+    DeployResponse { version, generation, epoch, versions }
+}
+
+/// The epoch after a command.
+pub(super) fn epoch_of(outcome: &Outcome) -> u64 {
+    match outcome {
+        Outcome::Done { epoch } | Outcome::Deployed { epoch, .. } | Outcome::DeployedSet { epoch, .. } => *epoch,
+        Outcome::Rejected(_) => 0,
+    }
+}
