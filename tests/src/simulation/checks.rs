@@ -1,14 +1,14 @@
 //! What must hold, whatever happens.
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     hash::{DefaultHasher, Hash, Hasher},
 };
 
 use cresset_coordinator::consensus::{RaftStatus, Role};
 use cresset_core::{
     ClusterState, Command, CommandBody, CommandId, Effect, Outcome, WorkerId,
-    routes::routes,
-    state::{Epoch, Incarnation, WorkerState},
+    routes::{ModelRoute, routes},
+    state::{Epoch, Incarnation, ModelKey, WorkerState},
 };
 
 use super::machine::Applied;
@@ -34,6 +34,23 @@ impl Seen {
         let broken = if changed { broken(state).or_else(|| misjudged(state, command)) } else { None };
         Self { epoch_before, epoch: state.epoch, routes, broken }
     }
+}
+
+impl Seen {
+    /// Deploying a model anew must not take it from those who call it.
+    pub(super) fn deployed(&mut self, before: &BTreeSet<ModelKey>, after: &ClusterState) {
+        let still = served(after);
+        let gone = before.iter().find(|key| after.models.contains_key(key) && !still.contains(key));
+        if let Some(gone) = gone {
+            self.broken = Some(format!("nobody serves {gone:?} any more because it was deployed again"));
+        }
+    }
+}
+
+/// The models that a router finds a worker for.
+pub(super) fn served(state: &ClusterState) -> BTreeSet<ModelKey> {
+    let whole = |model: &ModelRoute| model.shards.iter().all(|workers| !workers.is_empty());
+    routes(state).models.into_iter().filter(whole).map(|model| model.key).collect()
 }
 
 impl Routes {

@@ -49,9 +49,13 @@ impl StateMachine for Machine {
     fn apply(&mut self, index: u64, bytes: &[u8]) -> Result<Applied, DecodeError> {
         let command = Command::decode(bytes)?;
         let epoch_before = self.state.epoch;
+        let served_before = matches!(command.body, CommandBody::Deploy(_)).then(|| super::checks::served(&self.state));
         let spoilt = self.spoilt(index, command.clone());
         let (outcome, effects) = apply(&mut self.state, &spoilt);
-        let seen = super::checks::Seen::of(&self.state, epoch_before, &command);
+        let mut seen = super::checks::Seen::of(&self.state, epoch_before, &command);
+        if let Some(before) = served_before {
+            seen.deployed(&before, &self.state);
+        }
         Ok(Applied { command, outcome, effects, seen })
     }
 
