@@ -14,3 +14,4 @@ mod outage;
 mod settings;
 mod support;
 mod telemetry;
+mod versions;
