@@ -5,6 +5,7 @@
 //! | [`consensus`] | the only place that knows Raft: an ordered, durable log of commands, and the state after it |
 //! | [`leader`] | duties while leading: judge workers, place replicas, tell workers what to run |
 //! | [`gateway`] | predictions for clients of any language: the router of `cresset-client`, fed from the state here |
+//! | [`store`] | files of models that no repository holds, by SHA-256 |
 //! | [`services`] | gRPC: decode, ask a handle, encode |
 //!
 //! What is agreed on, and how it changes, is `cresset-core`. Predictions never wait for consensus.
@@ -16,18 +17,22 @@ pub mod gateway;
 pub mod leader;
 pub mod metrics;
 pub mod services;
+pub mod store;
 
 use std::{sync::Arc, time::Duration};
 
 use cresset_client::{RouterSettings, repository::Repository};
 use cresset_core::{ClusterState, Command, CommandBody, CommandId, Outcome, PeerId, state::PeerInfo};
-use cresset_proto::{DESCRIPTORS, fleet::v1::membership_service_server::MembershipServiceServer};
+use cresset_proto::{
+    DESCRIPTORS,
+    fleet::v1::{files_service_server::FilesServiceServer, membership_service_server::MembershipServiceServer},
+};
 use cresset_runtime::server;
 use tokio::{net::TcpListener, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
-use crate::{config::Config, consensus::Consensus, services::Context};
+use crate::{config::Config, consensus::Consensus, services::Context, store::Store};
 
 /// How long a coordinator that stops tries to hand over leadership.
 const HAND_OVER: Duration = Duration::from_secs(1);
@@ -43,6 +48,9 @@ pub enum Error {
     /// The log, or the settings of consensus.
     #[error(transparent)]
     Start(#[from] consensus::StartError),
+    /// The folder for files of models.
+    #[error("data-dir: can't make the folder for files of models: {0}")]
+    Store(std::io::Error),
     /// The log can't be written any more.
     #[error("consensus ended: {0}")]
     Consensus(#[from] consensus::NodeError),
@@ -80,12 +88,16 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     tasks.spawn(closing.clone().run_until_cancelled_owned(announce(consensus.clone(), config.id, info)));
 
     let router = gateway::router(&consensus, RouterSettings::default(), &tasks, &closing);
-    let context =
-        Arc::new(Context::new(config.id, consensus.clone(), fleet, Repository::new(&config.model_repository), closing.clone()));
+    let others = config.peers.iter().filter(|(id, _)| **id != config.id).map(|(_, address)| address.clone()).collect();
+    let store = Store::open(&config.data_dir.join("files"), &config.cluster_id, others).map_err(Error::Store)?;
+    tasks.spawn(store.clone().follow(consensus.clone(), closing.clone()));
+    let repository = Repository::new(&config.model_repository);
+    let context = Arc::new(Context::new(config.id, consensus.clone(), fleet, repository, store.clone(), closing.clone()));
     let public = services::routes(&context, router, config.message_bytes_max);
     let (public, public_health) = server::with_health_and_reflection(public, DESCRIPTORS).await?;
     let membership = MembershipServiceServer::new(membership);
-    let (peer, peer_health) = server::with_health_and_reflection(Routes::new(raft).add_service(membership), DESCRIPTORS).await?;
+    let peer = Routes::new(raft).add_service(membership).add_service(FilesServiceServer::new(store));
+    let (peer, peer_health) = server::with_health_and_reflection(peer, DESCRIPTORS).await?;
     for health in [&public_health, &peer_health] {
         health.set_service_status("", server::ServingStatus::Serving).await;
     }

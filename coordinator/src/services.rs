@@ -25,6 +25,7 @@ use tonic::{Status, codec::CompressionEncoding, metadata::MetadataMap, service::
 use crate::{
     consensus::{Consensus, ProposeError},
     leader::Fleet,
+    store::Store,
 };
 
 /// How long an administrative call without a deadline of its own may take.
@@ -38,14 +39,22 @@ pub struct Context {
     consensus: Consensus,
     fleet: Fleet,
     repository: Repository,
+    store: Store,
     peers: status::Peers,
     closing: CancellationToken,
 }
 
 impl Context {
     /// Handles to everything.
-    pub fn new(id: PeerId, consensus: Consensus, fleet: Fleet, repository: Repository, closing: CancellationToken) -> Self {
-        Self { id, consensus, fleet, repository, peers: status::Peers::default(), closing }
+    pub fn new(
+        id: PeerId,
+        consensus: Consensus,
+        fleet: Fleet,
+        repository: Repository,
+        store: Store,
+        closing: CancellationToken,
+    ) -> Self {
+        Self { id, consensus, fleet, repository, store, peers: status::Peers::default(), closing }
     }
 
     /// Reads a model where it may take its time: one version, or those that its version policy chooses.

@@ -62,7 +62,7 @@ async fn worker(repository: &ModelRepository) -> Arc<Worker> {
     let assignments = MODELS.map(|name| {
         let stored = store.read(name, None).unwrap();
         let config = stored.config.encode_to_vec().into();
-        Assignment { model: stored.name, version: 1, shard: 0, generation: 1, config, digest: stored.digest }
+        Assignment { model: stored.name, version: 1, shard: 0, generation: 1, config, digest: stored.digest, stored: false }
     });
     worker.models.act_on(&Intent { epoch: 1, assignments: assignments.to_vec() }).unwrap();
     let mut changes = worker.models.changes();

@@ -122,5 +122,6 @@ def a_configuration_that_does_not_parse_is_refused_with_its_place(place):
 @check(at="coordinator")
 def parameters_of_a_load_are_not_ignored(place):
     client = place.any().client
-    unsupported = grpc.StatusCode.UNIMPLEMENTED
-    refused(unsupported, ["config"], lambda: client.load_model("spare", config="{}", client_timeout=LOAD_S))
+    wrong = grpc.StatusCode.INVALID_ARGUMENT
+    refused(wrong, ["at least one input"], lambda: client.load_model("spare", config="{}", client_timeout=LOAD_S))
+    refused(wrong, ["'config'"], lambda: client.load_model("spare", config="{", client_timeout=LOAD_S))

@@ -71,7 +71,7 @@ impl Bench {
         let assignments = names.iter().map(|name| {
             let stored = self.store.read(name, None).unwrap();
             let config = stored.config.encode_to_vec().into();
-            Assignment { model: stored.name, version: 1, shard: 0, generation: 1, config, digest: stored.digest }
+            Assignment { model: stored.name, version: 1, shard: 0, generation: 1, config, digest: stored.digest, stored: false }
         });
         let intent = Intent { epoch: self.epoch, assignments: assignments.collect() };
         self.worker.models.act_on(&intent).unwrap();
@@ -363,7 +363,8 @@ async fn files_that_changed_since_the_deployment_are_not_loaded() {
     let stored = bench.store.read("m", None).unwrap();
     std::fs::write(&stored.file, b"something else").unwrap();
     let config = stored.config.encode_to_vec().into();
-    let assignment = Assignment { model: "m".into(), version: 1, shard: 0, generation: 1, config, digest: stored.digest };
+    let assignment =
+        Assignment { model: "m".into(), version: 1, shard: 0, generation: 1, config, digest: stored.digest, stored: false };
     bench.epoch += 1;
     bench.worker.models.act_on(&Intent { epoch: bench.epoch, assignments: vec![assignment] }).unwrap();
     bench.settled(1).await;

@@ -25,6 +25,12 @@ pub const PROGRAM: Program = Program {
         Setting::new("http", Some("127.0.0.1:8032"), "HOST:PORT", "Where /metrics, /healthz and /readyz are"),
         Setting::new("coordinators", None, "LIST", "Peer addresses of the coordinators, HOST:PORT, separated by commas"),
         Setting::new("model-repository", None, "DIR", "The model repository's folder"),
+        Setting::new(
+            "cache-dir",
+            Some(""),
+            "DIR",
+            "A folder of this worker's own for files that coordinators keep; default: one in the system's temporary folder",
+        ),
         Setting::new("device", Some("auto"), "auto|cpu|cuda", "What to run models on"),
         Setting::new("zone", Some(""), "NAME", "The failure zone, such as a rack or an availability zone"),
         Setting::new("memory-mib", Some("0"), "MIB", "Memory that models may take on the cpu; 0: all of the machine's"),
@@ -80,6 +86,8 @@ pub struct Config {
     pub device: DeviceChoice,
     /// The failure zone.
     pub zone: String,
+    /// Where files that came from coordinators are kept.
+    pub cache_dir: PathBuf,
     /// Memory that models may take on the CPU, in bytes; `None`: all of the machine's.
     pub memory_bytes: Option<u64>,
     /// Threads inside one operation.
@@ -114,6 +122,7 @@ impl Config {
             settings.problem("coordinators", "is required: at least one peer address of a coordinator, as in 127.0.0.1:8003");
         }
         let model_repository: PathBuf = settings.required("model-repository");
+        let given_cache_dir = settings.optional::<PathBuf>("cache-dir").filter(|dir| !dir.as_os_str().is_empty());
         if !model_repository.as_os_str().is_empty() && !model_repository.is_dir() {
             settings.problem("model-repository", format!("'{}' is not a folder", model_repository.display()));
         }
@@ -147,12 +156,18 @@ impl Config {
             message_bytes_max,
             drain: Duration::from_millis(settings.required("drain-ms")),
             null_engine: settings.required("null-engine"),
+            cache_dir: given_cache_dir.unwrap_or_else(|| cache_dir(&id)),
             log: settings.required("log"),
             exit_with_parent: settings.optional("exit-with-parent"),
         };
         settings.finish()?;
         Ok(config)
     }
+}
+
+/// A folder that no other worker of this machine has.
+fn cache_dir(id: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("cresset-worker-{id}-{:016x}", rand::random::<u64>()))
 }
 
 #[cfg(test)]

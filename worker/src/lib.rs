@@ -29,6 +29,7 @@ pub mod contract;
 pub mod decoupled;
 pub mod engine;
 pub mod error;
+pub mod files;
 pub mod membership;
 pub mod metrics;
 pub mod models;
@@ -56,6 +57,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     config::{Config, DeviceChoice},
     engine::{AnyEngine, Device, EngineError, cuda, device::DeviceThread, set_threads},
+    files::Files,
     membership::{Introduction, Membership, Tie},
     models::{Models, Runner},
     predict::Worker,
@@ -70,6 +72,9 @@ pub enum Error {
     /// A device, or libtorch itself.
     #[error("no device to run models on: {0}")]
     Engine(#[from] EngineError),
+    /// The folder for files of models.
+    #[error("cache-dir: can't make the folder for files of models: {0}; choose another with --cache-dir")]
+    Cache(std::io::Error),
     /// The system has no thread left.
     #[error("can't start a device's thread: {0}")]
     Thread(std::io::Error),
@@ -95,7 +100,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         threads.push(DeviceThread::spawn(*device).map_err(Error::Thread)?);
     }
     let engine = Arc::new(AnyEngine { null_enabled: config.null_engine });
-    let models = Models::new(Repository::new(&config.model_repository), engine, threads, config.bounds);
+    let files = Files::new(config.coordinators.clone(), config.cache_dir.clone()).map_err(Error::Cache)?;
+    let models = Models::with_files(Repository::new(&config.model_repository), files, engine, threads, config.bounds);
     let worker = Worker::new(config.id.clone(), incarnation(), models);
     let introduction = Introduction {
         grpc_address: server::address(&listeners.grpc)?.to_string(),

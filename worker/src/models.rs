@@ -31,6 +31,7 @@ use crate::{
         device::{DeviceThread, PlacedModel},
     },
     error::PredictError,
+    files::{FetchError, Files},
     metrics::{self, ModelMetrics},
     queue::{Bounds, ModelQueue},
     sequence::{self, Home, Sequences},
@@ -87,6 +88,8 @@ enum LoadError {
         "the files of model '{model}' version {version} are not those that were deployed: their SHA-256 is {found}, deployed was {wanted}; deploy it again"
     )]
     Digest { model: String, version: u64, found: String, wanted: String },
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
     #[error("the configuration that came from the coordinator can't be read: {0}")]
     Config(#[from] prost::DecodeError),
     #[error(transparent)]
@@ -120,6 +123,7 @@ pub struct Models {
 
 struct Inner {
     repository: Repository,
+    files: Files,
     engine: Arc<dyn Engine>,
     devices: Vec<DeviceThread>,
     bounds: Bounds,
@@ -138,8 +142,20 @@ struct Observed {
 impl Models {
     /// No models yet. `devices` must not be empty.
     pub fn new(repository: Repository, engine: Arc<dyn Engine>, devices: Vec<DeviceThread>, bounds: Bounds) -> Self {
+        Self::with_files(repository, Files::none(), engine, devices, bounds)
+    }
+
+    /// The same, where models can have files that the coordinators keep.
+    pub fn with_files(
+        repository: Repository,
+        files: Files,
+        engine: Arc<dyn Engine>,
+        devices: Vec<DeviceThread>,
+        bounds: Bounds,
+    ) -> Self {
         let inner = Inner {
             repository,
+            files,
             engine,
             devices,
             bounds,
@@ -226,6 +242,9 @@ impl Models {
                 Step::Load(assignment) => drop(tokio::spawn(Arc::clone(&self.inner).load(assignment))),
             }
         }
+        // What a load that is under way has fetched is still in the intent, or nobody wants it any more.
+        let kept = intent.assignments.iter().filter(|assignment| assignment.stored).map(|assignment| &*assignment.digest);
+        self.inner.files.keep_only(&kept.collect());
         self.inner.changed();
         Ok(())
     }
@@ -261,9 +280,7 @@ impl Inner {
         }
         tracing::info!(model = key.model, version = key.version, generation = assignment.generation, "loading");
         let begun = std::time::Instant::now();
-        let loader = Arc::clone(&self);
-        let task = assignment.clone();
-        let loaded = tokio::task::spawn_blocking(move || loader.read_and_load(&task)).await.unwrap_or(Err(LoadError::Aborted));
+        let loaded = Arc::clone(&self).fetch_and_load(assignment.clone()).await;
         let mut observed = self.observed.lock();
         // An undeployment may have overtaken the load; then what was loaded is dropped here.
         let Some(entry) = observed.replicas.get_mut(&key).filter(|entry| entry.generation == assignment.generation) else {
@@ -286,13 +303,23 @@ impl Inner {
         self.changed();
     }
 
-    fn read_and_load(&self, assignment: &Assignment) -> Result<ServedModel, LoadError> {
+    async fn fetch_and_load(self: Arc<Self>, assignment: Assignment) -> Result<ServedModel, LoadError> {
+        let repository = if assignment.stored {
+            Repository::new(self.files.fetch(&assignment.digest, &assignment.model, assignment.version).await?)
+        } else {
+            self.repository.clone()
+        };
+        let load = move || self.read_and_load(&repository, &assignment);
+        tokio::task::spawn_blocking(load).await.unwrap_or(Err(LoadError::Aborted))
+    }
+
+    fn read_and_load(&self, repository: &Repository, assignment: &Assignment) -> Result<ServedModel, LoadError> {
         let begun = std::time::Instant::now();
         let key = ReplicaKey::of(assignment);
         let mut config = ModelConfig::decode(assignment.config.clone())?;
         config.name.clone_from(&key.model);
         // What was deployed counts, whatever the repository's config.pbtxt says by now.
-        let stored = self.repository.read_as(&key.model, Some(key.version), config.clone())?;
+        let stored = repository.read_as(&key.model, Some(key.version), config.clone())?;
         if stored.digest != assignment.digest {
             let (found, wanted) = (stored.digest, assignment.digest.clone());
             return Err(LoadError::Digest { model: key.model, version: key.version, found, wanted });
@@ -301,7 +328,7 @@ impl Inner {
         if !contract.ignored.is_empty() {
             tracing::warn!(model = key.model, fields = ?contract.ignored, "fields of config.pbtxt have no effect");
         }
-        let folder = self.repository.root().join(&key.model);
+        let folder = repository.root().join(&key.model);
         let read = |sub: &str, file: &str| read_side_file(&folder.join(sub).join(file), sub, file);
         contract.labels = labels(&contract, |file| read("", file)).map_err(LoadError::File)?;
         let initial = sequence::state::initial(&contract, |file| read("initial_state", file)).map_err(LoadError::File)?;

@@ -222,6 +222,9 @@ pub struct DeploySet {
     pub platform: String,
     /// The versions; at least one, none twice.
     pub versions: Vec<VersionSpec>,
+    /// Whether the coordinators keep the files, as archives of the versions' digests, rather than the model repository.
+    #[serde(default)]
+    pub stored: bool,
     /// Whether versions that aren't listed leave. One that a label points at stays in any case.
     pub only: bool,
 }
@@ -253,6 +256,7 @@ impl From<&DeploySpec> for DeploySet {
             shards: spec.shards,
             platform: spec.platform.clone(),
             versions: vec![version],
+            stored: false,
             only: true,
         }
     }

@@ -116,6 +116,8 @@ pub struct Assignment {
     pub config: Bytes,
     /// SHA-256 that the files must have.
     pub digest: String,
+    /// Whether the coordinators keep the files.
+    pub stored: bool,
 }
 
 /// Everything that a worker should run; what isn't in it should go.
@@ -129,6 +131,7 @@ pub fn assignments(state: &ClusterState, worker: &WorkerId) -> Vec<Assignment> {
             generation: replica.generation,
             config: deployment.config.clone(),
             digest: deployment.digest.clone(),
+            stored: deployment.stored,
         })
     });
     wanted.collect()

@@ -166,6 +166,9 @@ pub struct Deployment {
     pub shards: u32,
     /// What runs it, as in `pytorch_libtorch`.
     pub platform: String,
+    /// Whether the coordinators keep the files, as an archive of this digest, rather than the model repository.
+    #[serde(default)]
+    pub stored: bool,
     /// What replicas still answer as that have not come to this generation yet.
     #[serde(default)]
     pub former: Option<Former>,

@@ -59,6 +59,7 @@ pub fn intent(epoch: Epoch, assignments: &[Assignment]) -> fleet::Intent {
         generation: assignment.generation,
         config: assignment.config.clone(),
         digest: assignment.digest.clone(),
+        stored: assignment.stored,
     });
     fleet::Intent { epoch, assignments: assignments.collect() }
 }

@@ -64,7 +64,7 @@ impl AdminService for Admin {
         let request = request.into_inner();
         let id = command_id(&request.command_id)?;
         let version = (request.version > 0).then_some(request.version);
-        let wanted = Wanted { name: request.name, version, replicas: request.replicas, config: None };
+        let wanted = Wanted { name: request.name, version, replicas: request.replicas, ..Default::default() };
         Ok(Response::new(self.context.deploy(id, wanted, deadline).await?))
     }
 

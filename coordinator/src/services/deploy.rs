@@ -1,4 +1,8 @@
 //! Deployments, as administrators and as Triton's clients ask for them: read the repository, have it agreed on, wait for it.
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use cresset_client::repository::{Repository, StoredModel, archive::Archive};
 use cresset_core::{
     Command, CommandBody, CommandId, Outcome, Reject,
     command::{DeploySet, VersionSpec},
@@ -8,7 +12,7 @@ use cresset_core::{
 use cresset_proto::{
     admin::v1::{DeployResponse, DeployedVersion},
     inference::ModelConfig,
-    model_config::platform_of,
+    model_config::{model_filename, platform_of},
     reason::Reason,
 };
 use prost::Message;
@@ -28,33 +32,43 @@ pub(super) struct Wanted {
     pub(super) replicas: u32,
     /// Instead of the repository's.
     pub(super) config: Option<ModelConfig>,
+    /// Files of each version, by their names, instead of the repository's. They need a configuration.
+    pub(super) files: BTreeMap<u64, BTreeMap<String, Bytes>>,
+}
+
+/// One version with what has to be agreed on about it.
+struct Version {
+    number: u64,
+    digest: String,
+    size_bytes: u64,
 }
 
 impl Context {
-    /// Deploys a model from the repository.
+    /// Deploys a model, from the repository or with files of its own.
     pub(super) async fn deploy(&self, id: CommandId, wanted: Wanted, deadline: Instant) -> Result<DeployResponse, Status> {
-        let stored = self.stored(&wanted).await?;
-        let Some(first) = stored.first() else { return Err(Reason::Internal.status("the repository chose no version")) };
-        let (config, platform) = (first.config.encode_to_vec().into(), platform_of(&first.config).to_owned());
+        let stored = !wanted.files.is_empty();
+        let (versions, config) = if stored { self.given(&wanted).await? } else { self.in_repository(&wanted).await? };
+        let platform = platform_of(&config).to_owned();
         let versions = {
             let state = self.consensus.state();
-            let version = |stored: &cresset_client::repository::StoredModel| {
-                let key = ModelKey { name: wanted.name.clone(), version: stored.version };
+            let version = |version: Version| {
+                let key = ModelKey { name: wanted.name.clone(), version: version.number };
                 let has = state.models.get(&key).map(|deployment| deployment.replicas_wanted);
                 VersionSpec {
-                    version: stored.version,
-                    digest: stored.digest.clone(),
-                    size_bytes: stored.size_bytes,
+                    version: version.number,
+                    digest: version.digest,
+                    size_bytes: version.size_bytes,
                     replicas_wanted: match wanted.replicas {
                         0 => has.unwrap_or_else(|| state.replicas_default()),
                         replicas => replicas,
                     },
                 }
             };
-            stored.iter().map(version).collect()
+            versions.into_iter().map(version).collect()
         };
         let only = wanted.version.is_none();
-        let set = DeploySet { name: wanted.name, config, shards: 1, platform, versions, only };
+        let config = config.encode_to_vec().into();
+        let set = DeploySet { name: wanted.name, config, shards: 1, platform, versions, stored, only };
         match self.agree(&Command { id, body: CommandBody::DeploySet(set) }, deadline).await? {
             Outcome::DeployedSet { versions, epoch } => Ok(response(versions, epoch)),
             Outcome::Deployed { version, generation, epoch } => Ok(response(vec![(version, generation)], epoch)),
@@ -63,6 +77,39 @@ impl Context {
             }
             Outcome::Rejected(reject) => Err(super::reject_status(&reject)),
         }
+    }
+
+    async fn in_repository(&self, wanted: &Wanted) -> Result<(Vec<Version>, ModelConfig), Status> {
+        let stored = self.stored(wanted).await?;
+        let Some(first) = stored.first() else { return Err(Reason::Internal.status("the repository chose no version")) };
+        let config = first.config.clone();
+        let version =
+            |stored: StoredModel| Version { number: stored.version, digest: stored.digest, size_bytes: stored.size_bytes };
+        Ok((stored.into_iter().map(version).collect(), config))
+    }
+
+    /// Has the files that came with a load kept by the coordinators, before anything is agreed on that needs them.
+    async fn given(&self, wanted: &Wanted) -> Result<(Vec<Version>, ModelConfig), Status> {
+        let Some(config) = wanted.config.clone() else {
+            let text = format!("failed to load '{}': parameters 'file:' need the parameter 'config' beside them", wanted.name);
+            return Err(Reason::InvalidArgument.status(text));
+        };
+        let there: Vec<u64> = wanted.files.keys().copied().collect();
+        let chosen = Repository::choose_given(&wanted.name, config, &there);
+        let (chosen, config) = chosen.map_err(|error| super::repository_status(&error))?;
+        let mut versions = Vec::new();
+        for number in chosen {
+            let files = wanted.files.get(&number).cloned().unwrap_or_default();
+            if let Some(file) = model_filename(&config).filter(|file| !files.contains_key(*file)) {
+                let text = format!("failed to load '{}': there is no parameter 'file:{number}/{file}'", wanted.name);
+                return Err(Reason::InvalidArgument.status(text));
+            }
+            let archive = tokio::task::spawn_blocking(move || Archive::of(&files)).await;
+            let archive = archive.map_err(|error| Reason::Internal.status(error.to_string()))?;
+            self.store.spread(&archive).await?;
+            versions.push(Version { number, digest: archive.digest, size_bytes: archive.size_bytes });
+        }
+        Ok((versions, config))
     }
 
     /// Undeploys a model in all its versions; one that isn't deployed is fine.

@@ -1,7 +1,7 @@
 //! The Open Inference Protocol for the whole cluster, through the router.
 use std::{pin::Pin, sync::Arc, time::Duration};
 
-use cresset_client::{CallOptions, LookupError, ModelRoute, Router, Version};
+use cresset_client::{CallOptions, LookupError, ModelRoute, Router, Version, repository::archive::is_file_name};
 use cresset_core::{
     CommandId,
     status::{ModelState, models},
@@ -33,11 +33,6 @@ pub(super) struct Inference {
 }
 
 type Answer<T> = Result<Response<T>, Status>;
-
-/// For calls that a later version serves.
-fn not_yet<T>(what: &str) -> Result<T, Status> {
-    Err(Reason::Unsupported.status(format!("{what} is not supported by this server")))
-}
 
 impl Inference {
     /// What comes with a call, with this process's span as the parent of the worker's.
@@ -92,26 +87,35 @@ impl Inference {
     }
 }
 
-/// The configuration that a load brings along, in Triton's parameter for it.
-fn given_config(request: &RepositoryModelLoadRequest) -> Result<Option<ModelConfig>, Status> {
-    use model_repository_parameter::ParameterChoice::StringParam;
-    let mut config = None;
-    for (key, parameter) in &request.parameters {
-        match (key.as_str(), &parameter.parameter_choice) {
-            ("config", Some(StringParam(text))) => {
-                let fail = |error| {
-                    let name = &request.model_name;
-                    Reason::InvalidArgument.status(format!("parameter 'config' of model '{name}' is no ModelConfig: {error}"))
+/// What a load brings along, in Triton's parameters for it.
+fn wanted(request: RepositoryModelLoadRequest) -> Result<Wanted, Status> {
+    use model_repository_parameter::ParameterChoice::{BytesParam, StringParam};
+    let mut wanted = Wanted { name: request.model_name, ..Default::default() };
+    let refuse = |text: String| Err(Reason::InvalidArgument.status(text));
+    for (key, parameter) in request.parameters {
+        match (key.as_str(), parameter.parameter_choice) {
+            ("config", Some(StringParam(text))) => match parse_json(&text) {
+                Ok(config) => wanted.config = Some(config),
+                Err(error) => {
+                    return refuse(format!("parameter 'config' of model '{}' is no ModelConfig: {error}", wanted.name));
+                }
+            },
+            ("config", _) => return refuse("parameter 'config' must be a string: ModelConfig as JSON".to_owned()),
+            (file, Some(BytesParam(bytes))) if file.starts_with("file:") => {
+                let path = file["file:".len()..].split_once('/');
+                let version = path.and_then(|(version, name)| Some((version.parse().ok().filter(|v| *v > 0)?, name)));
+                let Some((version, name)) = version.filter(|(_, name)| is_file_name(name)) else {
+                    return refuse(format!(
+                        "parameter '{key}' must be 'file:VERSION/NAME', with a version from 1 and a file in its folder"
+                    ));
                 };
-                config = Some(parse_json(text).map_err(fail)?);
+                wanted.files.entry(version).or_default().insert(name.to_owned(), bytes);
             }
-            ("config", _) => {
-                return Err(Reason::InvalidArgument.status("parameter 'config' must be a string: ModelConfig as JSON"));
-            }
-            _ => return not_yet(&format!("the parameter '{key}' of RepositoryModelLoad")),
+            (file, _) if file.starts_with("file:") => return refuse(format!("parameter '{key}' must be bytes")),
+            _ => return Err(Reason::Unsupported.status(format!("the parameter '{key}' of RepositoryModelLoad is not supported"))),
         }
     }
-    Ok(config)
+    Ok(wanted)
 }
 
 #[tonic::async_trait]
@@ -207,9 +211,8 @@ impl GrpcInferenceService for Inference {
         let has_deadline = request.metadata().contains_key("grpc-timeout");
         let deadline = if has_deadline { deadline(request.metadata()) } else { Instant::now() + LOAD_TIMEOUT };
         let request = request.into_inner();
-        let config = given_config(&request)?;
-        let name = request.model_name;
-        let wanted = Wanted { name: name.clone(), config, ..Default::default() };
+        let wanted = wanted(request)?;
+        let name = wanted.name.clone();
         let deployed = self.context.deploy(CommandId(rand::random()), wanted, deadline).await;
         let deployed = deployed.map_err(|status| match Reason::of(&status) {
             // Triton's words, and its code.

@@ -66,6 +66,17 @@ impl ModelRepository {
         script.save(&file).map_err(|error| failed(format!("can't save {name}"))(std::io::Error::other(error)))
     }
 
+    /// Adds a version of a model that is there, made of a script, or puts another script into it.
+    ///
+    /// # Errors
+    /// As [`with_script`](Self::with_script).
+    pub fn add_version(&self, name: &str, version: u64, script: &Script) -> Result<(), Error> {
+        let folder = self.path().join(name).join(version.to_string());
+        fs::create_dir_all(&folder).map_err(failed(format!("can't make {}", folder.display())))?;
+        let saved = script.save(&folder.join("model.pt"));
+        saved.map_err(|error| failed(format!("can't save {name}"))(std::io::Error::other(error)))
+    }
+
     /// Adds a model whose file is these bytes.
     ///
     /// # Errors

@@ -39,7 +39,6 @@ pub(super) fn refuse_unserved(config: &ModelConfig) -> Result<(), ContractError>
 pub(super) fn ignored(config: &ModelConfig) -> Vec<String> {
     let mut ignored: Vec<String> = [
         (config.optimization.is_some(), "optimization"),
-        (config.version_policy.is_some(), "version_policy"),
         (config.response_cache.as_ref().is_some_and(|cache| cache.enable), "response_cache"),
         (!config.metric_tags.is_empty(), "metric_tags"),
         (config.model_metrics.is_some(), "model_metrics"),

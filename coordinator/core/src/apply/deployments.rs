@@ -69,7 +69,8 @@ fn put(state: &mut ClusterState, key: &ModelKey, set: &DeploySet, spec: &Version
 }
 
 fn same_content(deployment: &Deployment, set: &DeploySet, spec: &VersionSpec) -> bool {
-    let same_files = deployment.digest == spec.digest && deployment.size_bytes == spec.size_bytes;
+    let same_files =
+        deployment.digest == spec.digest && deployment.size_bytes == spec.size_bytes && deployment.stored == set.stored;
     let same_form = deployment.shards == set.shards && deployment.platform == set.platform;
     same_files && same_form && deployment.config == set.config
 }
@@ -83,6 +84,7 @@ fn deployment(set: &DeploySet, spec: &VersionSpec, generation: Generation, forme
         replicas_wanted: spec.replicas_wanted,
         shards: set.shards,
         platform: set.platform.clone(),
+        stored: set.stored,
         former,
         leaving: false,
     }

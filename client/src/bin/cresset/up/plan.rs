@@ -227,14 +227,16 @@ impl Layout<'_> {
 
     fn worker(&self, n: usize, program: &Path) -> Process {
         let coordinators = (0..self.settings.coordinators).map(|n| self.peer(n)).collect::<Vec<_>>().join(",");
+        let id = format!("w{}", n + 1);
         let more = [
             ("--coordinators", coordinators.into()),
+            ("--cache-dir", self.data_dir.join(&id).join("files").into_os_string()),
             ("--device", self.settings.device.clone().into()),
             ("--zone", "local".into()),
             // The workers share one machine: more threads than cores would make all of them slower.
             ("--intra-op-threads", self.threads_per_worker().to_string().into()),
         ];
-        self.process(format!("w{}", n + 1), self.settings.coordinators + n, program, more)
+        self.process(id, self.settings.coordinators + n, program, more)
     }
 
     fn threads_per_worker(&self) -> usize {
