@@ -6,7 +6,7 @@
     libtorch  the libraries and headers of libtorch 2.11.0
     models    the demo models' TorchScript, weights and data
     speech    a minute of recorded speech for the demo
-    venv      a Python environment with tritonclient, for the tests
+    venv      a Python environment with tritonclient and KServe's client, for the tests
     deny      cargo-deny, for the gate
     triton    a real Triton, for `make conformance-triton`
 
@@ -148,16 +148,19 @@ def speech_file(home):
 
 
 def venv(home):
-    """A virtual environment with the packages of `requirements.txt`, made in place."""
-    requirements = os.path.join(HERE, "requirements.txt")
-    with open(requirements, encoding="utf-8") as file:
-        recipe = digest(1, sys.version, os.path.realpath(sys.executable), file.read())
+    """A virtual environment with the packages of `requirements.txt` and `requirements-kserve.txt`, made in place."""
+    requirements = [os.path.join(HERE, name) for name in ("requirements.txt", "requirements-kserve.txt")]
+    texts = []
+    for path in requirements:
+        with open(path, encoding="utf-8") as file:
+            texts.append(file.read())
+    recipe = digest(2, sys.version, os.path.realpath(sys.executable), *texts)
     folder = home("venv")
     if home.is_current("venv", folder, recipe):
         return
     if sys.version_info < (3, 10):
         raise Problem(f"the tests' Python client needs Python 3.10 or newer, this is {platform.python_version()}")
-    say("venv: making it, about 40 MB")
+    say("venv: making it, about 80 MB")
     started = time.monotonic()
     home.drop_stamp("venv")
     shutil.rmtree(folder, ignore_errors=True)
@@ -166,8 +169,10 @@ def venv(home):
         raise Problem("this Python cannot make virtual environments: install its venv module "
                       "(Debian: apt-get install python3-venv)")
     python = os.path.join(folder, "bin", "python")
-    run_pip([python, "-m", "pip", "install", "--quiet", "--retries", "3", "--requirement", requirements],
-            dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1"), "the tests' Python client")
+    # KServe's file is complete by itself: with dependencies it would drag KServe's servers in.
+    for more, path in zip(([], ["--no-deps"]), requirements):
+        run_pip([python, "-m", "pip", "install", "--quiet", "--retries", "3", *more, "--requirement", path],
+                dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1"), "the tests' Python clients")
     home.write_stamp("venv", folder, recipe, ["bin/python", "pyvenv.cfg"])
     say(f"venv: ready in {time.monotonic() - started:.1f} s")
 

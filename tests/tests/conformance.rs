@@ -1,4 +1,4 @@
-//! A client from outside: NVIDIA's own gRPC client for Python against a real cluster.
+//! A client from outside: NVIDIA's own gRPC client for Python, and KServe's, against a real cluster.
 //!
 //! The checks themselves are `tests/conformance`; here they get a cluster with models that tell right from wrong: the demo models,
 //! one that returns what it is given for each datatype, one that is slow, one that raises, and some that can't be served.
