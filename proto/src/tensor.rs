@@ -131,6 +131,9 @@ pub struct Tensor {
     pub data: Bytes,
 }
 
+/// How many bytes the largest element of a fixed size takes.
+const DATATYPE_BYTES_MAX: usize = 8;
+
 /// What is wrong with a tensor of a request. Each message names the input and the model, in Triton's words.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)]
@@ -268,12 +271,11 @@ impl Place<'_> {
             let (input, model) = self.names();
             return Err(TensorError::NegativeDimension { input, model, shape: shape.to_vec() });
         }
-        element_count(shape).ok_or_else(|| self.overflow(shape))
-    }
-
-    fn overflow(&self, shape: &[i64]) -> TensorError {
-        let (input, model) = self.names();
-        TensorError::Overflow { input, model, shape: shape.to_vec() }
+        // As bytes too, whatever the datatype.
+        element_count(shape).filter(|count| count.checked_mul(DATATYPE_BYTES_MAX).is_some()).ok_or_else(|| {
+            let (input, model) = self.names();
+            TensorError::Overflow { input, model, shape: shape.to_vec() }
+        })
     }
 
     /// What a place in shared memory holds, which is read only if its size is right.
@@ -299,14 +301,12 @@ impl Place<'_> {
     }
 
     fn byte_count(&self, elements: usize, size: usize, got: usize) -> Result<(), TensorError> {
-        match elements.checked_mul(size) {
-            Some(expected) if expected == got => Ok(()),
-            Some(expected) => {
-                let (input, model) = self.names();
-                Err(TensorError::ByteCount { input, model, expected, got })
-            }
-            None => Err(self.overflow(&[])),
+        let expected = elements.saturating_mul(size);
+        if expected == got {
+            return Ok(());
         }
+        let (input, model) = self.names();
+        Err(TensorError::ByteCount { input, model, expected, got })
     }
 
     fn string_elements(&self, expected: usize, data: &[u8]) -> Result<(), TensorError> {

@@ -1,6 +1,6 @@
-//! A client from outside: NVIDIA's own gRPC client for Python against a real cluster.
+//! A client from outside: NVIDIA's own gRPC client for Python, and KServe's, against a real cluster.
 //!
-//! The checks themselves are `tests/python`; here they get a cluster with models that tell right from wrong: the demo models,
+//! The checks themselves are `tests/conformance`; here they get a cluster with models that tell right from wrong: the demo models,
 //! one that returns what it is given for each datatype, one that is slow, one that raises, and some that can't be served.
 
 use std::{fs, path::PathBuf, process::Command};
@@ -101,7 +101,7 @@ fn broken(repository: &ModelRepository, echo: &Script) {
 }
 
 /// The Python of the tests' virtual environment.
-fn python() -> PathBuf {
+pub(crate) fn python() -> PathBuf {
     let python = binaries::root().join(".cresset/venv/bin/python");
     assert!(
         python.exists(),
@@ -124,7 +124,7 @@ fn stock_clients_get_what_a_triton_would_answer() {
     let root = binaries::root();
     let mut command = Command::new(python);
     command
-        .arg(root.join("tests/python/conformance.py"))
+        .arg(root.join("tests/conformance/conformance.py"))
         .args(["--coordinators", &addresses(&cluster.file().coordinators)])
         .args(["--workers", &addresses(&cluster.file().workers)])
         .arg("--speech")

@@ -10,6 +10,7 @@ mod failover;
 mod house;
 mod in_process;
 mod lifecycle;
+mod oracle;
 mod outage;
 mod settings;
 mod simulation;

@@ -87,6 +87,8 @@ impl Decoupled {
             tokio::select! {
                 ended = this.answer(&admitted, terms, came, &responses) => match ended {
                     Ok(Some((queued, timing))) => {
+                        // One execution, as Triton counts it, however often it answered.
+                        this.metrics.batch(admitted.rows, &timing);
                         statistics.success(admitted.rows as u64, came.elapsed(), queued, &timing);
                     }
                     Ok(None) => statistics.cancelled(came.elapsed()),
@@ -127,7 +129,6 @@ impl Decoupled {
             }
             let Some(outputs) = generation.next().await.map_err(|source| self.engine_error(source))? else { break };
             let timing = outputs.timing;
-            self.metrics.batch(admitted.rows, &timing);
             sum = Some(sum.map_or(timing, |sum| sum.and_then(timing)));
             let answer = self.share(admitted, &outputs, came)?;
             self.metrics.statistics.response(index, timing.input + timing.infer, timing.output, ResponseKind::Success);

@@ -49,7 +49,7 @@ use std::{
 };
 
 use cresset_client::repository::Repository;
-use cresset_proto::fleet::v1;
+use cresset_proto::{fleet::v1, inference::grpc_inference_service_server::SERVICE_NAME};
 use cresset_runtime::server;
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -119,7 +119,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let (membership, tie) = Membership::new(Arc::clone(&worker), introduction, config.coordinators.clone(), stop.clone());
     tasks.spawn(membership.run(closed.clone()));
     let (routes, health) = service::routes(Arc::clone(&worker), config.message_bytes_max).await?;
-    health.set_service_status("", server::ServingStatus::Serving).await;
+    server::set_health(&health, SERVICE_NAME, server::ServingStatus::Serving).await;
     let ready = {
         let (worker, tie) = (Arc::clone(&worker), tie.clone());
         Arc::new(move || !worker.is_draining() && *tie.borrow() == Tie::Registered)
@@ -130,7 +130,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
 
     stop.cancelled().await;
     drain(&worker, tie, config.drain).await;
-    health.set_service_status("", server::ServingStatus::NotServing).await;
+    server::set_health(&health, SERVICE_NAME, server::ServingStatus::NotServing).await;
     closed.cancel();
     tasks.close();
     tasks.wait().await;

@@ -34,6 +34,14 @@ pub(super) struct Inference {
 
 type Answer<T> = Result<Response<T>, Status>;
 
+/// A cluster has one model repository, so naming one is an error, in Triton's words, and not passed over.
+fn only_repository(name: &str) -> Result<(), Status> {
+    if name.is_empty() {
+        return Ok(());
+    }
+    Err(Reason::Unsupported.status("'repository_name' specification is not supported: a cluster has one model repository"))
+}
+
 impl Inference {
     /// What comes with a call, with this process's span as the parent of the worker's.
     fn options(&self, metadata: &tonic::metadata::MetadataMap, span: &Span) -> CallOptions {
@@ -177,7 +185,8 @@ impl GrpcInferenceService for Inference {
     }
 
     async fn repository_index(&self, request: Request<RepositoryIndexRequest>) -> Answer<RepositoryIndexResponse> {
-        let only_ready = request.into_inner().ready;
+        let RepositoryIndexRequest { repository_name, ready: only_ready } = request.into_inner();
+        only_repository(&repository_name)?;
         let repository = self.context.repository.clone();
         let index = tokio::task::spawn_blocking(move || repository.index()).await;
         let index = index.map_err(|error| Reason::Internal.status(error.to_string()))?;
@@ -211,6 +220,7 @@ impl GrpcInferenceService for Inference {
         let has_deadline = request.metadata().contains_key("grpc-timeout");
         let deadline = if has_deadline { deadline(request.metadata()) } else { Instant::now() + LOAD_TIMEOUT };
         let request = request.into_inner();
+        only_repository(&request.repository_name)?;
         let wanted = wanted(request)?;
         let name = wanted.name.clone();
         let deployed = self.context.deploy(CommandId(rand::random()), wanted, deadline).await;
@@ -230,7 +240,9 @@ impl GrpcInferenceService for Inference {
         request: Request<RepositoryModelUnloadRequest>,
     ) -> Answer<RepositoryModelUnloadResponse> {
         let deadline = deadline(request.metadata());
-        self.context.undeploy(&request.into_inner().model_name, deadline).await?;
+        let request = request.into_inner();
+        only_repository(&request.repository_name)?;
+        self.context.undeploy(&request.model_name, deadline).await?;
         self.routed(deadline).await;
         Ok(Response::new(RepositoryModelUnloadResponse {}))
     }

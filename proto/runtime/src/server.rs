@@ -98,6 +98,13 @@ pub async fn with_health_and_reflection(routes: Routes, descriptors: &'static [u
     Ok((routes, reporter))
 }
 
+/// Reports the health of a whole port, and of the one service that its clients may ask for by name.
+pub async fn set_health(reporter: &HealthReporter, service: &str, status: ServingStatus) {
+    for name in ["", service] {
+        reporter.set_service_status(name, status).await;
+    }
+}
+
 /// Serves gRPC until `stop` is cancelled, then lets open calls finish within `limits.drain`.
 ///
 /// # Errors

@@ -91,7 +91,10 @@ impl GrpcInferenceService for Inference {
     }
 
     async fn repository_index(&self, request: Request<RepositoryIndexRequest>) -> Answer<RepositoryIndexResponse> {
-        let only_ready = request.into_inner().ready;
+        let RepositoryIndexRequest { repository_name, ready: only_ready } = request.into_inner();
+        if !repository_name.is_empty() {
+            return Err(Reason::Unsupported.status("'repository_name' specification is not supported"));
+        }
         let models = self.worker.models.observed().into_iter().map(|replica| {
             let state = match replica.state() {
                 ReplicaState::Ready => "READY",

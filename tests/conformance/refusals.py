@@ -49,7 +49,8 @@ def _echo(shape, data=b""):
     return request("echo_fp32", [("x", "FP32", shape, data)])
 
 
-def _table():
+def table():
+    """Name, request, code, and what the message contains. The comparison with a real Triton asks them too."""
     huge = 2**32
     nine = [_ints("INPUT0", (9, 16), DATA * 9), _ints("INPUT1", (9, 16), DATA * 9)]
     uneven = [_ints("INPUT0", (2, 16), DATA * 2), _ints("INPUT1")]
@@ -111,7 +112,7 @@ def _endpoint(place, message):
 @check
 def wrong_requests_get_tritons_code_and_words(place):
     wrong = []
-    for name, message, code, parts in _table():
+    for name, message, code, parts in table():
         try:
             refused(code, parts, lambda: _endpoint(place, message).infer(message))
         except AssertionError as error:
@@ -125,7 +126,7 @@ def wrong_requests_on_a_stream_get_the_same_words_in_their_place(place):
     wrong = []
     for model in ["simple", "echo_fp32"]:
         good = simple() if model == "simple" else _echo([1], bytes(4))
-        rows = [row for row in _table() if (row[1].model_name == "echo_fp32") == (model == "echo_fp32")]
+        rows = [row for row in table() if (row[1].model_name == "echo_fp32") == (model == "echo_fp32")]
         requests = []
         for name, message, _, _ in rows:
             message.id = name

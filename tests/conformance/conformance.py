@@ -8,6 +8,7 @@ import checks
 import descriptors  # noqa: F401
 import server  # noqa: F401
 import predictions  # noqa: F401
+import kserve_sdk  # noqa: F401
 import datatypes  # noqa: F401
 import transport  # noqa: F401
 import sequences  # noqa: F401

@@ -1,7 +1,10 @@
-"""The server's own protocol, as its reflection tells it, against that of NVIDIA's client, field by field."""
+"""The server's own protocol, as its reflection tells it, against those of NVIDIA's and KServe's clients, field by field."""
+
+import base64
 
 from checks import DEADLINE_S, check
 from google.protobuf import descriptor_pb2
+from kserve_sdk import kserve
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 # What the Open Inference Protocol has and Triton hasn't. Stock clients skip it.
@@ -96,6 +99,11 @@ def _describe(files):
     return facts
 
 
+def _served(place):
+    symbols = ["inference.GRPCInferenceService", "inference.ModelConfig"]
+    return _describe(file for symbol in symbols for file in _files_of(place.any(), symbol))
+
+
 @check
 def every_field_is_tritons(place):
     theirs = []
@@ -103,9 +111,7 @@ def every_field_is_tritons(place):
         file = descriptor_pb2.FileDescriptorProto()
         module.DESCRIPTOR.CopyToProto(file)
         theirs.append(file)
-    symbols = ["inference.GRPCInferenceService", "inference.ModelConfig"]
-    ours = [file for symbol in symbols for file in _files_of(place.any(), symbol)]
-    theirs, ours = _describe(theirs), _describe(ours)
+    theirs, ours = _describe(theirs), _served(place)
     assert len(theirs) > 400, f"only {len(theirs)} facts were read from the client's descriptors"
     differing = [
         f"{name}: ours {ours.get(name, 'absent')}, Triton's {theirs.get(name, 'absent')}"
@@ -114,3 +120,19 @@ def every_field_is_tritons(place):
     ]
     assert not differing, "\n".join([f"{len(differing)} differences", *differing])
     assert not OURS - ours.keys(), "the properties of the Open Inference Protocol are gone"
+
+
+# Where KServe's protocol contradicts Triton's, which clients in the field are written for: the repository calls.
+_KSERVES_OWN = "inference.RepositoryModel"
+
+
+@check
+def every_field_is_kserves_but_for_the_repository_calls(place):
+    """What KServe's clients know of the protocol is ours; we have more."""
+    file = descriptor_pb2.FileDescriptorProto.FromString(base64.b64decode(kserve("descriptor")))
+    theirs, ours = _describe([file]), _served(place)
+    assert len(theirs) > 80, f"only {len(theirs)} facts were read from KServe's descriptor"
+    differing = {name: (fact, ours.get(name, "absent")) for name, fact in theirs.items() if ours.get(name) != fact}
+    unexpected = {name: both for name, both in differing.items() if not name.startswith(_KSERVES_OWN)}
+    assert not unexpected, "\n".join(f"{name}: KServe's {both[0]}, ours {both[1]}" for name, both in unexpected.items())
+    assert any(name.startswith(_KSERVES_OWN) for name in differing), "the repository calls agree by now"
