@@ -35,6 +35,7 @@ for program in cresset cresset-worker cresset-coordinator cresset-bench; do
   [[ -x $bin/$program ]] || skip "there is no $bin/$program: run make build"
 done
 [[ -e .cresset/models/minilm/1/model.pt ]] || skip "there are no models in .cresset/models: run make models"
+[[ -x .cresset/venv/bin/python ]] || skip "there is no .cresset/venv: run python3 deploy/bootstrap/fetch.py venv"
 if [[ -n ${LIBTORCH_LIB:-} ]]; then
   [[ -e $LIBTORCH_LIB/libtorch_cpu.so ]] || skip "LIBTORCH_LIB is $LIBTORCH_LIB, which has no libtorch_cpu.so"
   # What torch's wheels bring beside it: the CUDA libraries that its own run path names.
@@ -50,6 +51,8 @@ else
   all=(none)
 fi
 
+in_flight=256
+[[ $device == cuda ]] || in_flight=8
 out=target/bench/$device
 mkdir -p "$out"
 # One GPU for both sides, so that the ratio is of the same one.
@@ -88,37 +91,39 @@ member() {
   python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["workers"][0][sys.argv[2]])' "$scratch/cluster/cluster.json" "$1"
 }
 
-# The sum of what the worker spent on inputs, model and outputs, in microseconds.
-spent() {
-  python3 -c '
-import sys, urllib.request
-names = [f"nv_inference_compute_{part}_duration_us" for part in ("input", "infer", "output")]
-lines = urllib.request.urlopen(f"http://{sys.argv[1]}/metrics").read().decode().splitlines()
-print(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(tuple(names)) and "minilm" in line))' "$(member http)"
+# What the worker has counted of minilm: nanoseconds of inputs, model and outputs of all batches; requests; batches.
+counted() {
+  .cresset/venv/bin/python -c '
+import sys
+import tritonclient.grpc as triton
+(told,) = triton.InferenceServerClient(sys.argv[1]).get_inference_statistics("minilm").model_stats
+spent = sum(part.ns for batch in told.batch_stats for part in (batch.compute_input, batch.compute_infer, batch.compute_output))
+print(spent, told.inference_count, told.execution_count)' "$(member grpc)"
 }
 
-# load SECONDS: requests a second of minilm straight at the worker.
+# load SECONDS: requests a second of minilm, 128 tokens each, straight at the worker.
 load() {
-  local ids
-  ids=$(printf '101%s,102' "$(printf ',7592%.0s' {1..126})")
-  $bin/cresset --endpoints "$(member grpc)" -o json bench minilm --concurrency 256 --duration "$1s" \
-    --input "input_ids=$ids" --input "attention_mask=$(printf '1%.0s,' {1..127})1" \
+  $bin/cresset --endpoints "$(member grpc)" -o json bench minilm --concurrency $in_flight --duration "$1s" --warmup 0s \
+    --input "input_ids=101$(printf ',7592%.0s' {1..127})" --input "attention_mask=1$(printf ',1%.0s' {1..127})" \
     | python3 -c 'import json, sys; print(json.load(sys.stdin)["levels"][0]["throughput"])'
 }
 
+printf 'gpu.sh: copies beside computing\n'
 start "${all[0]}"
 load 3 > /dev/null
-before=$(spent)
+before=$(counted)
 one=$(load 10)
-after=$(spent)
+after=$(counted)
 finish
-# Each request is charged with the whole time of its batch, so the sum is over requests; their mean tells the batch's.
-python3 - "$before" "$after" "$one" <<'PYTHON'
+# shellcheck disable=SC2086
+python3 - $before $after "$one" <<'PYTHON'
 import sys
 
-before, after, rate = map(float, sys.argv[1:])
-requests = rate * 10
-print(f"gpu.sh: minilm, 128 tokens, 256 in flight: {rate:.0f} requests/s; inputs, model and outputs {(after - before) / requests:.0f} us for a request's batch")
+before, after, rate = [float(word) for word in sys.argv[1:4]], [float(word) for word in sys.argv[4:7]], float(sys.argv[7])
+spent_ns, requests, batches = (end - begin for begin, end in zip(before, after))
+overlap = spent_ns / 1e9 / (requests / rate)
+print(f"gpu.sh: minilm, 128 tokens: {rate:.0f} requests/s in batches of {requests / batches:.1f}; inputs, model and outputs took "
+      f"{overlap:.2f} times the time that passed: {'they overlap' if overlap > 1 else 'nothing shows that they overlap'}")
 PYTHON
 if ((${#all[@]} > 1)); then
   start "$(IFS=,; echo "${all[*]}")"
