@@ -45,6 +45,11 @@ conformance-triton: ## ask a real Triton (fetched, 55 MB) again for the answers 
 	@.cresset/venv/bin/python tests/conformance/differential.py record --triton .cresset/triton
 	@git --no-pager diff --stat -- tests/conformance/oracle/recorded.json
 
+perf-analyzer: fetch ## Triton's own load tool against a local cluster; needs root and debootstrap where glibc is older than 2.38
+	@$(FETCH) load
+	@cargo build $(CARGO_FLAGS)
+	CRESSET_PERF_ANALYZER=1 cargo test $(CARGO_FLAGS) --package cresset-tests --test main load_tool -- --nocapture
+
 fuzz: fetch ## an hour of rubbish against requests and configurations; FUZZ_SECONDS sets the time
 	CRESSET_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),3600) cargo test $(CARGO_FLAGS) --package cresset-tests --test fuzz -- --nocapture
 

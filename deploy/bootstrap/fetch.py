@@ -9,6 +9,7 @@
     venv      a Python environment with tritonclient and KServe's client, for the tests
     deny      cargo-deny, for the gate
     triton    a real Triton, for `make conformance-triton`
+    load      Triton's load tool, for `make perf-analyzer`
 
 Needs Python 3.9 or newer with pip, and a C compiler for `libtorch`. Run it again after it was
 interrupted: packages that were complete are not fetched twice, and a second run does nothing.
@@ -208,7 +209,22 @@ def triton(home):
     say("triton: ready")
 
 
-TARGETS = {"libtorch": libtorch, "models": models, "speech": speech_file, "venv": venv, "deny": deny, "triton": triton}
+def load(home):
+    """`perf-analyzer/perf_analyzer`."""
+    folder, recipe = home("perf-analyzer"), digest(1, pins.PERF_ANALYZER)
+    if home.is_current("perf-analyzer", folder, recipe):
+        return
+    _check_machine()
+    wheel = download(home, pins.PERF_ANALYZER)
+    with home.building("perf-analyzer", folder, recipe, ["perf_analyzer"]) as fresh:
+        extract(wheel, {"perf_analyzer/bin/perf_analyzer": "perf_analyzer"}, fresh)
+        os.chmod(os.path.join(fresh, "perf_analyzer"), 0o755)
+    os.remove(wheel)
+    say("perf_analyzer: ready")
+
+
+TARGETS = {"libtorch": libtorch, "models": models, "speech": speech_file, "venv": venv, "deny": deny, "triton": triton,
+           "load": load}
 
 
 def main(arguments):

@@ -93,3 +93,11 @@ PYTRITON = _wheel(
     55369373,
     "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df",
 )
+# Triton's load tool, a binary for glibc 2.38. BSD-3-Clause.
+PERF_ANALYZER = _wheel(
+    "perf-analyzer",
+    "2.60.0",
+    "perf_analyzer-2.60.0-py3-none-manylinux_2_38_x86_64.whl",
+    7182673,
+    "23ef56b107ae9233e5cf09fbdf508dd9b936a52f1bae2f63f53c8117087b3f25",
+)

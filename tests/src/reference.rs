@@ -41,11 +41,19 @@ pub struct ReferenceSequence {
 }
 
 impl Reference {
-    /// Loads the highest version of a model.
+    /// Loads the highest version of a model on the processor.
     ///
     /// # Errors
     /// [`ReferenceError`].
     pub fn load(repository: &Path, name: &str) -> Result<Self, ReferenceError> {
+        Self::load_on(Device::Cpu, repository, name)
+    }
+
+    /// Loads the highest version of a model. For a GPU libtorch's CUDA half has to be open.
+    ///
+    /// # Errors
+    /// [`ReferenceError`].
+    pub fn load_on(device: Device, repository: &Path, name: &str) -> Result<Self, ReferenceError> {
         let stored = Repository::new(repository).read(name, None)?;
         let config = stored.config;
         let datatype = |number: i32| DataType::try_from(number).ok().and_then(Datatype::from_config);
@@ -60,7 +68,7 @@ impl Reference {
         }
         let spec = LoadSpec {
             path: stored.file,
-            device: Device::Cpu,
+            device,
             kind: EngineKind::TorchScript,
             inputs: config.input.iter().map(|input| binding(&input.name, input.data_type)).collect(),
             constants,

@@ -85,10 +85,30 @@ fn answers_are_a_real_tritons_but_for_the_differences_that_are_meant() {
     assert_eq!(ran.code, Some(0), "answers differ from a Triton's; they are listed above");
 }
 
+/// NVIDIA's load tool, in every way it can ask, through a coordinator and straight at a worker.
 #[test]
-fn the_comparison_sees_each_kind_of_difference() {
+fn tritons_load_tool_is_served() {
+    if std::env::var_os("CRESSET_PERF_ANALYZER").is_none() {
+        println!("skipped: `make perf-analyzer` fetches Triton's load tool, and a Debian that it runs in");
+        return;
+    }
+    let conformance = binaries::root().join("tests/conformance");
+    let (repository, deploy) = prepared(&conformance.join("oracle/models"));
+    let options = Options { workers: 1, deploy, model_repository: repository.path().to_owned(), ..Options::default() };
+    let cluster = Cluster::start(&options).unwrap();
+    let ran = Command::new("python3")
+        .arg(conformance.join("perf_analyzer.py"))
+        .args(["--coordinator", &cluster.file().coordinators[0].grpc])
+        .args(["--worker", &cluster.file().workers[0].grpc])
+        .status()
+        .unwrap();
+    assert_eq!(ran.code(), Some(0), "some runs failed; they are listed above");
+}
+
+#[test]
+fn the_comparison_and_the_table_of_the_protocol_are_whole() {
     let mut command = Command::new(python());
-    command.args(["-m", "unittest", "oracle.test_compare"]).current_dir(binaries::root().join("tests/conformance"));
+    command.args(["-m", "unittest", "oracle.test_compare", "test_table"]).current_dir(binaries::root().join("tests/conformance"));
     let ran = binaries::finish(&mut command).unwrap();
     assert_eq!(ran.code, Some(0), "{}{}", ran.stdout, ran.stderr);
 }

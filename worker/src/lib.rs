@@ -195,7 +195,7 @@ fn devices(config: &Config) -> Result<Vec<(Device, u64)>, Error> {
 }
 
 /// The folder that libtorch was loaded from: its CUDA half has to be of the same release, and lies beside it.
-fn libraries_dir() -> PathBuf {
+pub fn libraries_dir() -> PathBuf {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let library = maps.lines().filter_map(|line| line.split_whitespace().last()).find(|path| path.ends_with("/libtorch_cpu.so"));
     library.and_then(|path| PathBuf::from(path).parent().map(PathBuf::from)).unwrap_or_default()

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use cresset_proto::tensor::Tensor;
-use cresset_worker::engine::set_threads;
+use cresset_worker::engine::{Device, cuda, set_threads};
 use serde::{Deserialize, Serialize};
 
 use super::models::Model;
@@ -36,6 +36,9 @@ pub struct Threads {
 }
 
 impl Threads {
+    /// What is worth trying on one GPU, whose kernels are all the parallelism there is: a caller, and one that prepares meanwhile.
+    pub const ON_A_GPU: [Self; 2] = [Self { callers: 1, intra: 1 }, Self { callers: 2, intra: 1 }];
+
     /// What is worth trying on so many cores: all of them in one operation, one each, and what lies between.
     pub fn choices(cores: u16) -> Vec<Self> {
         let callers = (1..=cores).filter(|callers| cores.is_multiple_of(*callers));
@@ -75,10 +78,11 @@ impl Holder {
     ///
     /// # Errors
     /// The system's, or the child's.
-    pub fn start(repository: &Path, models: &[Model], threads: Threads) -> anyhow::Result<Self> {
+    pub fn start(repository: &Path, gpu: bool, models: &[Model], threads: Threads) -> anyhow::Result<Self> {
         let names: Vec<_> = models.iter().map(|model| model.name).collect();
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("reference").arg("--repository").arg(repository).args(["--models", &names.join(",")]);
+        command.args(gpu.then_some("--gpu"));
         command.args(["--callers", &threads.callers.to_string(), "--intra", &threads.intra.to_string()]);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("can't start the reference")?;
         let (commands, answers) = child.stdin.take().zip(child.stdout.take()).context("the reference has no pipes")?;
@@ -128,6 +132,9 @@ pub struct ReferenceArgs {
     /// What to load
     #[arg(long, value_delimiter = ',')]
     models: Vec<String>,
+    /// On the first GPU instead of the processor
+    #[arg(long)]
+    gpu: bool,
     #[command(flatten)]
     threads: Threads,
 }
@@ -137,12 +144,16 @@ pub struct ReferenceArgs {
 /// # Errors
 /// The engine's.
 pub fn serve(args: &ReferenceArgs) -> anyhow::Result<()> {
+    let device = if args.gpu { Device::Cuda(0) } else { Device::Cpu };
+    if args.gpu {
+        cuda::load(&cresset_worker::libraries_dir())?;
+    }
     let mut callers = Vec::new();
     for _ in 0..args.threads.callers {
         let mut models = BTreeMap::new();
         for name in args.models.iter().filter(|name| !name.is_empty()) {
             let model = Model::named(name).with_context(|| format!("no model '{name}'"))?;
-            models.insert(model.name, Reference::load(&args.repository, name)?);
+            models.insert(model.name, Reference::load_on(device, &args.repository, name)?);
         }
         callers.push(models);
     }

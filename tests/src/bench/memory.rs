@@ -27,8 +27,8 @@ pub fn measure(stage: &Stage) -> anyhow::Result<Part> {
     let mut part = Part::default();
     let cluster = stage.cluster()?;
     let worker = cluster.process(WORKER)?.pid();
-    let bare = Holder::start(stage.repository.path(), &[], stage.one_caller())?;
-    let mut holder = Holder::start(stage.repository.path(), &MODELS, stage.one_caller())?;
+    let bare = Holder::start(stage.repository.path(), stage.gpu, &[], stage.one_caller())?;
+    let mut holder = Holder::start(stage.repository.path(), stage.gpu, &MODELS, stage.one_caller())?;
     part.add("libtorch_mib", rss_mib(bare.pid())?);
     part.add("weights_mib", rss_mib(holder.pid())? - rss_mib(bare.pid())?);
     part.add("at_rest_over_libtorch_mib", rss_mib(worker)? - rss_mib(holder.pid())?);

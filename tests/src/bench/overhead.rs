@@ -18,7 +18,7 @@ pub fn measure(stage: &Stage, cluster: &Cluster) -> anyhow::Result<Part> {
     let mut part = Part::default();
     let mut holders = Vec::new();
     for threads in [stage.one_caller(), Threads { callers: 1, intra: 1 }] {
-        holders.push(Holder::start(stage.repository.path(), &[MLP], threads)?);
+        holders.push(Holder::start(stage.repository.path(), stage.gpu, &[MLP], threads)?);
     }
     let straight = stage.straight(cluster, MLP)?;
     let through = stage.through_coordinator(cluster, MLP)?;

@@ -51,6 +51,8 @@ pub struct Stage {
     pub repository: ModelRepository,
     /// How much is measured.
     pub pace: Pace,
+    /// Whether models run on a GPU, with and without Cresset.
+    pub gpu: bool,
     /// Cores of this machine, which the worker, the coordinator and the generator share.
     pub cores: u16,
     /// For the clusters' folders.
@@ -63,10 +65,10 @@ impl Stage {
     ///
     /// # Errors
     /// As [`models::repository`].
-    pub fn set(pace: Pace) -> Result<Self, Error> {
+    pub fn set(pace: Pace, gpu: bool) -> Result<Self, Error> {
         let cores = std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX));
         let scratch = tempfile::Builder::new().prefix("cresset-bench-").tempdir().map_err(failed("no temporary folder"))?;
-        Ok(Self { repository: models::repository(|_| 64)?, pace, cores, scratch, clusters: Cell::new(0) })
+        Ok(Self { repository: models::repository(|_| 64)?, pace, gpu, cores, scratch, clusters: Cell::new(0) })
     }
 
     /// On Ctrl-C and SIGTERM stops what this process has started before the process itself, and removes what was made.
@@ -101,7 +103,9 @@ impl Stage {
         let model_repository = self.repository.path().to_owned();
         let number = self.clusters.replace(self.clusters.get() + 1);
         let data_dir = Some(self.scratch.path().join(format!("cluster{number}")));
-        Cluster::start(&Options { coordinators: 1, workers: 1, model_repository, data_dir, ..Options::deploying(&names) })
+        let device = if self.gpu { "cuda" } else { "cpu" };
+        let env = vec![("CRESSET_UP_DEVICE".to_owned(), device.to_owned())];
+        Cluster::start(&Options { coordinators: 1, workers: 1, model_repository, data_dir, env, ..Options::deploying(&names) })
     }
 
     /// Load straight to the worker.

@@ -14,10 +14,12 @@ use super::{
 };
 use crate::harness::Cluster;
 
-/// Requests in flight.
-const CONCURRENCY: [u32; 4] = [1, 8, 32, 64];
-/// Batches that the reference tries.
-const BATCHES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
+/// Requests in flight; on a GPU, whose best batches are larger, all of them.
+const CONCURRENCY: [u32; 6] = [1, 8, 32, 64, 256, 512];
+/// Batches that the reference tries; likewise.
+const BATCHES: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
+/// What of both is for a processor.
+const ON_A_PROCESSOR_MAX: u32 = 64;
 /// A batch this much slower than the best so far ends the search among larger ones.
 const WORSE: f64 = 0.9;
 
@@ -41,11 +43,12 @@ pub type Tuning = BTreeMap<&'static str, Best>;
 /// When a reference fails.
 pub fn tune(stage: &Stage) -> anyhow::Result<Tuning> {
     let mut tuning = Tuning::new();
-    for threads in Threads::choices(stage.cores) {
-        let mut holder = Holder::start(stage.repository.path(), &MODELS, threads)?;
+    let choices = if stage.gpu { Threads::ON_A_GPU.to_vec() } else { Threads::choices(stage.cores) };
+    for threads in choices {
+        let mut holder = Holder::start(stage.repository.path(), stage.gpu, &MODELS, threads)?;
         for model in MODELS {
             let mut most = 0.0_f64;
-            for batch in BATCHES {
+            for batch in BATCHES.into_iter().filter(|batch| stage.gpu || *batch <= ON_A_PROCESSOR_MAX as usize) {
                 let rows_per_second = holder.measure(model, batch, stage.pace.time / 6)?.rows_per_second;
                 let best = tuning.entry(model.name).or_insert(Best { threads, batch, rows_per_second });
                 if rows_per_second > best.rows_per_second {
@@ -67,7 +70,12 @@ pub fn tune(stage: &Stage) -> anyhow::Result<Tuning> {
 /// The small model's requests are worth batching for what surrounds them, whatever libtorch thinks of it.
 fn batch_max(tuning: &Tuning, model: Model) -> anyhow::Result<usize> {
     let best = tuning.get(model.name).context("the search left a model out")?;
-    Ok(if model.name == MLP.name { 64 } else { best.batch })
+    Ok(if model.name == MLP.name { best.batch.max(64) } else { best.batch })
+}
+
+fn levels(stage: &Stage) -> impl Iterator<Item = u32> {
+    let gpu = stage.gpu;
+    CONCURRENCY.into_iter().filter(move |concurrency| gpu || *concurrency <= ON_A_PROCESSOR_MAX)
 }
 
 /// Measures each model at each concurrency, beside libtorch at its best.
@@ -81,13 +89,13 @@ pub fn measure(stage: &Stage, cluster: &Cluster, tuning: &Tuning) -> anyhow::Res
             let part = parts.get_mut(model.name).context("no such model")?;
             let best = tuning.get(model.name).context("the search left a model out")?;
             // One at a time: a reference that waits holds memory, but no core.
-            let mut holder = Holder::start(stage.repository.path(), &[model], best.threads)?;
+            let mut holder = Holder::start(stage.repository.path(), stage.gpu, &[model], best.threads)?;
             let reference = holder.measure(model, best.batch, stage.pace.time)?;
             drop(holder);
             part.raw("in_process", round, &reference);
             part.add("in_process_rows_per_second", reference.rows_per_second);
             let straight = stage.straight(cluster, model)?;
-            for concurrency in CONCURRENCY {
+            for concurrency in levels(stage) {
                 // Several times through all that is in flight, however slow the model is.
                 let pass = f64::from(concurrency) / reference.rows_per_second;
                 let time = Duration::from_secs_f64((4.0 * pass).max(stage.pace.time.as_secs_f64()));
@@ -106,7 +114,7 @@ pub fn measure(stage: &Stage, cluster: &Cluster, tuning: &Tuning) -> anyhow::Res
     for model in MODELS {
         let part = parts.get_mut(model.name).context("no such model")?;
         let ratio = |part: &Part, concurrency: u32| part.median(&format!("ratio_at_{concurrency}")).unwrap_or(0.0);
-        let best = CONCURRENCY.into_iter().max_by(|a, b| ratio(part, *a).total_cmp(&ratio(part, *b)));
+        let best = levels(stage).max_by(|a, b| ratio(part, *a).total_cmp(&ratio(part, *b)));
         let best = best.context("no concurrency")?;
         part.copy(&format!("ratio_at_{best}"), "best_ratio");
         part.fact("best_concurrency", best);

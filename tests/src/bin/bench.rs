@@ -26,6 +26,9 @@ struct Args {
     /// Only these parts
     #[arg(long, value_enum, value_delimiter = ',', value_name = "PART,…")]
     only: Vec<Chosen>,
+    /// What models run on, with and without Cresset
+    #[arg(long, value_enum, default_value_t = OnDevice::Cpu)]
+    device: OnDevice,
     /// One short round: to see that it works
     #[arg(long, conflicts_with_all = ["deep", "rounds"])]
     quick: bool,
@@ -45,6 +48,12 @@ enum Command {
     /// Run models for the bench itself
     #[command(hide = true)]
     Reference(ReferenceArgs),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnDevice {
+    Cpu,
+    Cuda,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -81,7 +90,7 @@ fn bench(args: &Args) -> anyhow::Result<()> {
     fs::create_dir_all(&out).with_context(|| format!("can't make {}", out.display()))?;
 
     say("making the models");
-    let stage = Stage::set(pace)?;
+    let stage = Stage::set(pace, args.device == OnDevice::Cuda)?;
     stage.end_with_signals()?;
     let machine = Machine::ask(stage.cores);
     let mut results = Results { machine, rounds: pace.rounds, overhead: None, throughput: None, tail: None, memory: None };

@@ -75,6 +75,68 @@ fn what_only_tunes_is_listed() {
     assert!(read("dynamic_batching { }").unwrap().ignored.is_empty());
 }
 
+/// A use of each field that `PROTOCOL.md` calls ignored or refused.
+const UNSERVED: [(&str, &str); 22] = [
+    ("input.format", "input [ { name: \"s\" data_type: TYPE_FP32 dims: [ 1, 1, 1 ] format: FORMAT_NHWC } ]"),
+    ("input.is_shape_tensor", "input [ { name: \"s\" data_type: TYPE_FP32 dims: [ 1 ] is_shape_tensor: true } ]"),
+    ("input.is_non_linear_format_io", "input [ { name: \"s\" data_type: TYPE_FP32 dims: [ 1 ] is_non_linear_format_io: true } ]"),
+    ("output.is_shape_tensor", "output [ { name: \"s\" data_type: TYPE_FP32 dims: [ 1 ] is_shape_tensor: true } ]"),
+    (
+        "output.is_non_linear_format_io",
+        "output [ { name: \"s\" data_type: TYPE_FP32 dims: [ 1 ] is_non_linear_format_io: true } ]",
+    ),
+    ("version_policy", "version_policy { latest { num_versions: 1 } }"),
+    ("sequence_batching.state.use_same_buffer_for_input_output", "use_same_buffer_for_input_output: true"),
+    ("sequence_batching.state.use_growable_memory", "use_growable_memory: true"),
+    ("sequence_batching.iterative_sequence", "sequence_batching { iterative_sequence: true }"),
+    ("ensemble_scheduling", "ensemble_scheduling { }"),
+    ("instance_group.rate_limiter", "instance_group [ { rate_limiter { priority: 1 } } ]"),
+    ("instance_group.profile", "instance_group [ { profile: \"p\" } ]"),
+    ("instance_group.host_policy", "instance_group [ { host_policy: \"p\" } ]"),
+    ("instance_group.secondary_devices", "instance_group [ { secondary_devices [ { device_id: 1 } ] } ]"),
+    ("optimization", "optimization { eager_batching: true }"),
+    ("response_cache", "response_cache { enable: true }"),
+    ("metric_tags", "metric_tags { key: \"a\" value: \"b\" }"),
+    ("model_metrics", "model_metrics { }"),
+    ("cc_model_filenames", "cc_model_filenames { key: \"7.5\" value: \"a.pt\" }"),
+    ("runtime", "runtime: \"r\""),
+    ("model_operations.op_library_filename", "model_operations { op_library_filename: \"a.so\" }"),
+    ("model_repository_agents", "model_repository_agents { agents [ { name: \"a\" } ] }"),
+];
+
+#[test]
+fn the_tables_word_on_each_field_that_is_not_served_is_kept() {
+    let table = include_str!("../../../proto/PROTOCOL.md").split("## ").find(|part| part.starts_with("Fields of")).unwrap();
+    let mut seen = 0;
+    for row in table.lines().filter(|line| line.starts_with("| `")) {
+        let [_, fields, verdict, ..] = row.split(" | ").flat_map(|cell| cell.split("| ")).collect::<Vec<_>>()[..] else {
+            panic!("{row}");
+        };
+        let refused = verdict.starts_with("refused");
+        if !refused && !verdict.starts_with("ignored") {
+            continue;
+        }
+        for field in fields.split('`').skip(1).step_by(2) {
+            let (_, text) = UNSERVED.iter().find(|(name, _)| *name == field).unwrap_or_else(|| panic!("no use of {field}"));
+            let state = "input_name: \"i\" output_name: \"o\" data_type: TYPE_FP32 dims: [ 1 ]";
+            let text = if field.starts_with("sequence_batching.state") {
+                format!("sequence_batching {{ state [ {{ {state} {text} }} ] }}")
+            } else {
+                (*text).to_owned()
+            };
+            seen += 1;
+            if refused {
+                let error = read(&text).map(drop).expect_err(field).to_string();
+                assert!(error.contains(field.rsplit('.').next().unwrap()), "{field}: {error}");
+            } else {
+                let contract = read(&text).unwrap_or_else(|error| panic!("{field}: {error}"));
+                assert!(contract.ignored.iter().any(|name| name == field), "{field}: {:?}", contract.ignored);
+            }
+        }
+    }
+    assert!(seen >= 20, "only {seen} fields were found in the table");
+}
+
 #[test]
 fn queue_settings_are_read() {
     let queueing = read(
