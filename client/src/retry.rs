@@ -80,6 +80,8 @@ pub struct Budget {
     pub failures: u32,
     /// Whether a replica is left that this request hasn't tried.
     pub others: bool,
+    /// How long the replica that refused asks to be left alone, in ms; 0 if it didn't say.
+    pub pushback_ms: u64,
     /// Now, in ms of any clock.
     pub now_ms: u64,
     /// When the caller stops waiting, on the same clock.
@@ -153,7 +155,7 @@ fn class_of_reason(reason: Reason, kind: Kind) -> Class {
         Reason::NotHere | Reason::Fenced | Reason::Draining | Reason::NoReplica | Reason::UnknownModel => Class::Elsewhere,
         Reason::DeviceUnhealthy => Class::Elsewhere,
         Reason::QueueFull | Reason::SequencesFull | Reason::OutOfMemory => Class::Overloaded,
-        Reason::Internal => Class::Suspect,
+        Reason::Suspect | Reason::Internal => Class::Suspect,
         Reason::SequenceNotStarted | Reason::BadCheckpoint => match kind {
             Kind::Unary => Class::Final,
             // The journal can open it anew anywhere.
@@ -213,7 +215,7 @@ pub fn decide(failure: Failure, point: Point, kind: Kind, budget: &Budget) -> Ve
     match (budget.others, pays) {
         (true, _) => Verdict::Move { after_ms: 0, pays },
         // Newer routes don't make room.
-        (false, Pays::Overload) => match pause_ms(budget.failures) {
+        (false, Pays::Overload) => match pause_ms(budget.failures).max(budget.pushback_ms) {
             after_ms if after_ms < left_ms => Verdict::Move { after_ms, pays },
             _ => Verdict::GiveUp,
         },
@@ -233,7 +235,7 @@ mod tests {
     use super::*;
 
     const AMPLE: Budget =
-        Budget { moves_left: 3, overloads_left: 2, failures: 1, others: true, now_ms: 1_000, deadline_ms: 2_000 };
+        Budget { moves_left: 3, overloads_left: 2, failures: 1, others: true, pushback_ms: 0, now_ms: 1_000, deadline_ms: 2_000 };
 
     fn every_failure() -> Vec<Failure> {
         let codes = (0..=16).map(|code| Failure::Coded(Code::from_i32(code)));
@@ -275,6 +277,11 @@ mod tests {
         assert_eq!(decide(Failure::Refused(Reason::NotHere), Point::Sent, Kind::Unary, &alone), wait);
         let full = decide(Failure::Refused(Reason::QueueFull), Point::Sent, Kind::Unary, &alone);
         assert_eq!(full, Verdict::Move { after_ms: 20, pays: Pays::Overload });
+        let asked =
+            |pushback_ms| decide(Failure::Refused(Reason::QueueFull), Point::Sent, Kind::Unary, &Budget { pushback_ms, ..alone });
+        assert_eq!(asked(70), Verdict::Move { after_ms: 70, pays: Pays::Overload });
+        assert_eq!(asked(5), full);
+        assert_eq!(asked(1_000), Verdict::GiveUp, "the deadline is before that");
     }
 
     #[test]

@@ -66,6 +66,15 @@ pub mod metadata {
     /// A [`Reason`](crate::reason::Reason) beside the gRPC status.
     pub const REASON: &str = "cresset-reason";
 
+    /// When it is worth asking again, in ms: gRPC's own key, which stock clients with a retry policy act on too.
+    pub const RETRY_PUSHBACK: &str = "grpc-retry-pushback-ms";
+
+    /// How long whoever refused a call asks to be left alone, if it said so.
+    pub fn retry_pushback(metadata: &tonic::metadata::MetadataMap) -> Option<std::time::Duration> {
+        let ms = metadata.get(RETRY_PUSHBACK)?.to_str().ok()?.parse::<u32>().ok()?;
+        Some(std::time::Duration::from_millis(ms.into()))
+    }
+
     /// How long the caller of a gRPC call waits for its answer, if it said so (`grpc-timeout`).
     pub fn timeout(metadata: &tonic::metadata::MetadataMap) -> Option<std::time::Duration> {
         use std::time::Duration;

@@ -3,11 +3,11 @@
 //! A gRPC code alone can't tell a router whether a request may move: Triton's clients expect UNAVAILABLE both for a full
 //! queue and for a server that is going away. So every refusal carries a [`Reason`] in its metadata, and the one table
 //! below says which code a stock client sees. What a router does with a reason is the router's business (`client::retry`).
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, time::Duration};
 
 use tonic::{Code, Status, metadata::MetadataValue};
 
-use crate::metadata::REASON;
+use crate::metadata::{REASON, RETRY_PUSHBACK};
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $text:literal => $code:ident;)*) => {
@@ -68,6 +68,8 @@ reasons! {
     OutOfMemory = "out-of-memory" => Unavailable;
     /// The device can't be trusted at the moment.
     DeviceUnhealthy = "device-unhealthy" => Unavailable;
+    /// It ran together with others when their device was given up: any of them may be to blame.
+    Suspect = "suspect" => Unavailable;
     /// No replica is ready.
     NoReplica = "no-replica" => Unavailable;
     /// No coordinator leads at the moment.
@@ -98,6 +100,14 @@ impl Reason {
         status
     }
 
+    /// A status with this reason, and when it is worth asking again.
+    pub fn status_with_pushback(self, message: impl Into<String>, pushback: Duration) -> Status {
+        let mut status = self.status(message);
+        let ms = u32::try_from(pushback.as_millis()).unwrap_or(u32::MAX);
+        status.metadata_mut().insert(RETRY_PUSHBACK, MetadataValue::from(ms));
+        status
+    }
+
     /// The reason that a status carries, if it came from Cresset.
     pub fn of(status: &Status) -> Option<Self> {
         status.metadata().get(REASON)?.to_str().ok()?.parse().ok()
@@ -113,6 +123,7 @@ impl fmt::Display for Reason {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metadata::retry_pushback;
 
     #[test]
     fn a_reason_survives_the_wire() {
@@ -122,5 +133,8 @@ mod tests {
             assert_eq!(status.code(), reason.code());
         }
         assert_eq!(Reason::of(&Status::unavailable("from someone else")), None);
+        let status = Reason::QueueFull.status_with_pushback("x", Duration::from_millis(70));
+        assert_eq!(retry_pushback(status.metadata()), Some(Duration::from_millis(70)));
+        assert_eq!((Reason::of(&status), retry_pushback(Status::ok("").metadata())), (Some(Reason::QueueFull), None));
     }
 }

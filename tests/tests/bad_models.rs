@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use cresset_proto::admin::v1::ModelState;
+use cresset_proto::{admin::v1::ModelState, reason::Reason};
 use cresset_tests::harness::{Cluster, ModelRepository, fp32_model};
 use cresset_worker::engine::testing::{self, Script};
 use tonic::Code;
@@ -21,6 +21,9 @@ fn repository() -> ModelRepository {
     repository.add_script("lacking", &batched, &testing::sum_and_difference()).unwrap();
     // Fails in its first call and not before.
     repository.add_script("liar", &batched, &Script::new("def forward(self, x):\n  return x.sum()\n")).unwrap();
+    // Wants 4 PB if the first number is negative.
+    let greedy = "def forward(self, x):\n  if bool(x.flatten()[0] < 0):\n    x = torch.empty([1000000000000000])\n  return x\n";
+    repository.add_script("greedy", &batched, &Script::new(greedy)).unwrap();
     fs::create_dir(repository.path().join("empty")).unwrap();
     repository
 }
@@ -108,5 +111,33 @@ async fn what_raises_says_so_and_serves_on() {
     let mut short = row("plus_one", &[1.0, 2.0]);
     short.raw_input_contents[0] = vec![0; 7].into();
     assert_eq!(service.model_infer(short).await.unwrap_err().code(), Code::InvalidArgument);
+    unharmed(&cluster).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_finds_no_memory_fails_alone_and_serves_on() {
+    let repository = repository();
+    let cluster = cluster(1, 1, &repository, &["plus_one", "greedy"]);
+    let mut service = inference(&cluster, "c1").await;
+    for way in ["c1", "w1"] {
+        let mut service = inference(&cluster, way).await;
+        let greedy = service.model_infer(row("greedy", &[-1.0])).await.unwrap_err();
+        assert_eq!((greedy.code(), Reason::of(&greedy)), (Code::Unavailable, Some(Reason::OutOfMemory)), "{way}: {greedy:?}");
+        assert!(greedy.message().contains("out of memory") && greedy.message().len() <= 1024, "{greedy:?}");
+    }
+    // In one batch with others, it is only the greedy one's.
+    let mut asked = tokio::task::JoinSet::new();
+    for number in 0..16 {
+        let mut service = service.clone();
+        let first = if number == 7 { -1.0 } else { number as f32 };
+        asked.spawn(async move { (first, service.model_infer(row("greedy", &[first])).await) });
+    }
+    for (first, answer) in asked.join_all().await {
+        match answer {
+            Ok(answer) => assert_eq!(numbers(&answer.into_inner()), [first]),
+            Err(status) => assert!(first < 0.0 && Reason::of(&status) == Some(Reason::OutOfMemory), "{first}: {status:?}"),
+        }
+    }
+    assert_eq!(numbers(&service.model_infer(row("greedy", &[1.0])).await.unwrap().into_inner()), [1.0]);
     unharmed(&cluster).await;
 }

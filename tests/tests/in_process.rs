@@ -74,7 +74,9 @@ impl InProcess {
             let config = worker::config::Config::read(settings(&worker::config::PROGRAM, &args)).unwrap();
             let ((grpc, _), (http, _)) = (socket().await, socket().await);
             let part = worker::run(config, worker::Listeners { grpc, http }, stop.clone());
-            parts.spawn(async move { part.await.unwrap() });
+            parts.spawn(async move {
+                let _ = part.await.unwrap();
+            });
         }
         Self { endpoints, stop, parts, _data: data }
     }

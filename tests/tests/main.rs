@@ -7,6 +7,7 @@ mod commands;
 mod conformance;
 mod datapath;
 mod failover;
+mod health;
 mod house;
 mod in_process;
 mod lifecycle;

@@ -38,6 +38,12 @@ pub const PROGRAM: Program = Program {
         Setting::new("queue-requests-max", Some("4096"), "N", "Requests that may wait for one model"),
         Setting::new("queue-mib-max", Some("512"), "MIB", "Input bytes that may wait for one model"),
         Setting::new("message-mib-max", Some("2047"), "MIB", "The largest message that is taken or sent"),
+        Setting::new(
+            "max-execution-ms",
+            Some("0"),
+            "MS",
+            "How long one call of a model may run unless its configuration says; 0: any time",
+        ),
         Setting::new("drain-ms", Some("5000"), "MS", "How long open calls may go on after a stop was asked for"),
         Setting::new("null-engine", Some("false"), "BOOL", "Serve models that answer without a model, for scale tests only"),
         Setting::new("log", Some("info"), "FILTER", "What is logged, as in info,cresset_worker=debug"),
@@ -96,6 +102,8 @@ pub struct Config {
     pub bounds: Bounds,
     /// The largest message, in bytes.
     pub message_bytes_max: usize,
+    /// How long one call of a model may run unless its configuration says, in ms; 0: any time.
+    pub execution_max_ms: u64,
     /// How long open calls may go on at the end.
     pub drain: Duration,
     /// Whether models of the null engine are served.
@@ -154,6 +162,7 @@ impl Config {
             intra_op_threads: settings.required("intra-op-threads"),
             bounds,
             message_bytes_max,
+            execution_max_ms: settings.required("max-execution-ms"),
             drain: Duration::from_millis(settings.required("drain-ms")),
             null_engine: settings.required("null-engine"),
             cache_dir: given_cache_dir.unwrap_or_else(|| cache_dir(&id)),

@@ -20,7 +20,7 @@ use crate::{
         EngineError, Outputs, Timing,
         device::{PlacedGeneration, PlacedModel},
     },
-    error::PredictError,
+    error::{PUSHBACK, PredictError},
     metrics::ModelMetrics,
     queue::{Answered, Bounds, Terms},
     statistics::{Failure, ResponseKind},
@@ -75,9 +75,11 @@ impl Decoupled {
     /// # Errors
     /// [`PredictError::QueueFull`].
     pub fn run(self: &Arc<Self>, admitted: Admitted, terms: Terms) -> Result<Responses, PredictError> {
-        let permit = Arc::clone(&self.waiting)
-            .try_acquire_owned()
-            .map_err(|_| PredictError::QueueFull { model: self.contract.name.clone(), requests_max: self.bounds.requests_max })?;
+        let permit = Arc::clone(&self.waiting).try_acquire_owned().map_err(|_| PredictError::QueueFull {
+            model: self.contract.name.clone(),
+            requests_max: self.bounds.requests_max,
+            pushback: PUSHBACK,
+        })?;
         let (responses, receiver) = mpsc::channel(RESPONSES_MAX);
         let this = Arc::clone(self);
         tokio::spawn(async move {

@@ -1,10 +1,15 @@
 //! Why a worker refuses or fails a request, and the one table from there to the wire.
+use std::time::Duration;
+
 use cresset_proto::{
     ids::VersionError, parameters::ParameterError, reason::Reason, shared_memory::SharedMemoryError, tensor::TensorError,
 };
 use tonic::Status;
 
 use crate::{admission::AdmissionError, engine::EngineError};
+
+/// When to ask again where nobody can tell when there will be room.
+pub const PUSHBACK: Duration = Duration::from_millis(100);
 
 /// Why a request got no answer.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -54,6 +59,8 @@ pub enum PredictError {
         model: String,
         /// The bound.
         requests_max: usize,
+        /// When there may be room.
+        pushback: Duration,
     },
     /// The queue is at its bound of bytes.
     #[error("Exceeds maximum queue size: requests for model '{model}' may take {bytes_max} bytes together")]
@@ -62,6 +69,8 @@ pub enum PredictError {
         model: String,
         /// The bound.
         bytes_max: usize,
+        /// When there may be room.
+        pushback: Duration,
     },
     /// No room for one more sequence.
     #[error("model '{model}' has {sequences_max} live sequences, which is its limit; end one, or raise max_candidate_sequences")]
@@ -131,6 +140,16 @@ pub enum PredictError {
         /// What happened.
         source: EngineError,
     },
+    /// The device was given up while it ran this request together with others: any of them may be to blame.
+    #[error("model '{model}': {source}; this request was one of {requests} that ran then")]
+    Suspect {
+        /// The model.
+        model: String,
+        /// What happened.
+        source: EngineError,
+        /// Requests of the batch.
+        requests: usize,
+    },
     /// Not built for this.
     #[error("{0}")]
     Unsupported(String),
@@ -162,25 +181,37 @@ impl PredictError {
             Self::Engine { source, .. } => match source {
                 EngineError::CannotLoad(_) => Reason::LoadFailed,
                 EngineError::BadInput(_) => Reason::InvalidArgument,
-                EngineError::Failed(_) | EngineError::NotCheckpointable(_) => Reason::ModelFailed,
+                EngineError::Failed(_) | EngineError::NotCheckpointable(_) | EngineError::Overran(_) => Reason::ModelFailed,
                 EngineError::OutOfMemory(_) => Reason::OutOfMemory,
                 EngineError::BadCheckpoint(_) => Reason::BadCheckpoint,
                 EngineError::DeviceLost(_) => Reason::DeviceUnhealthy,
             },
+            Self::Suspect { .. } => Reason::Suspect,
             Self::Unsupported(_) => Reason::Unsupported,
         }
     }
 
     /// The status that goes to the caller.
     pub fn status(&self) -> Status {
-        self.reason().status(self.to_string())
+        match self {
+            Self::QueueFull { pushback, .. } | Self::QueueBytesFull { pushback, .. } => {
+                self.reason().status_with_pushback(self.to_string(), *pushback)
+            }
+            Self::SequencesFull { .. } => self.reason().status_with_pushback(self.to_string(), PUSHBACK),
+            _ => self.reason().status(self.to_string()),
+        }
     }
 
     /// Whether this is the fault of the model or the worker rather than of the request, and so worth a line in the log.
     pub fn is_ours(&self) -> bool {
         matches!(
             self.reason(),
-            Reason::ModelFailed | Reason::OutOfMemory | Reason::DeviceUnhealthy | Reason::BadCheckpoint | Reason::Internal
+            Reason::ModelFailed
+                | Reason::OutOfMemory
+                | Reason::DeviceUnhealthy
+                | Reason::Suspect
+                | Reason::BadCheckpoint
+                | Reason::Internal
         )
     }
 }

@@ -11,6 +11,8 @@
 //! | [`sequence`] | requests that share state |
 //! | [`decoupled`] | requests with any number of answers |
 //! | [`assignment`] | what to load and unload so that the worker runs what it should; pure |
+//! | [`health`] | whether a device can be trusted, and when to try it; pure |
+//! | [`devices`] | the devices, watched: canaries, calls that run too long |
 //! | [`models`] | fetch, verify, load, [warm up](warm_up), serve, unload |
 //! | [`membership`] | the tie to the leader |
 //! | [`shared_memory`] | tensors that clients on this host share with the worker |
@@ -27,9 +29,11 @@ pub mod classify;
 pub mod config;
 pub mod contract;
 pub mod decoupled;
+pub mod devices;
 pub mod engine;
 pub mod error;
 pub mod files;
+pub mod health;
 pub mod membership;
 pub mod metrics;
 pub mod models;
@@ -49,7 +53,7 @@ use std::{
 };
 
 use cresset_client::repository::Repository;
-use cresset_proto::{fleet::v1, inference::grpc_inference_service_server::SERVICE_NAME};
+use cresset_proto::fleet::v1;
 use cresset_runtime::server;
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -89,11 +93,22 @@ pub struct Listeners {
     pub http: TcpListener,
 }
 
-/// Runs a worker until `stop` is cancelled, then drains it: the cluster is told, routes move, open work is finished.
+/// Why a worker ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It was asked to.
+    Stopped,
+    /// A device can only be used again by a new process: this one should be [started
+    /// again](cresset_runtime::process::start_again).
+    GivenUp,
+}
+
+/// Runs a worker until `stop` is cancelled or a device of it is lost, then drains it: the cluster is told, routes move, open
+/// work is finished.
 ///
 /// # Errors
 /// [`Error`], before anything is served.
-pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> Result<(), Error> {
+pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> Result<Ended, Error> {
     let devices = devices(&config)?;
     let mut threads = Vec::new();
     for (device, _) in &devices {
@@ -102,6 +117,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let engine = Arc::new(AnyEngine { null_enabled: config.null_engine });
     let files = Files::new(config.coordinators.clone(), config.cache_dir.clone()).map_err(Error::Cache)?;
     let models = Models::with_files(Repository::new(&config.model_repository), files, engine, threads, config.bounds);
+    models.devices().set_execution_max_ms(config.execution_max_ms);
     let worker = Worker::new(config.id.clone(), incarnation(), models);
     let introduction = Introduction {
         grpc_address: server::address(&listeners.grpc)?.to_string(),
@@ -116,10 +132,11 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
 
     let tasks = TaskTracker::new();
     let closed = CancellationToken::new();
-    let (membership, tie) = Membership::new(Arc::clone(&worker), introduction, config.coordinators.clone(), stop.clone());
+    let leaving = stop.child_token();
+    let (membership, tie) = Membership::new(Arc::clone(&worker), introduction, config.coordinators.clone(), leaving.clone());
     tasks.spawn(membership.run(closed.clone()));
     let (routes, health) = service::routes(Arc::clone(&worker), config.message_bytes_max).await?;
-    server::set_health(&health, SERVICE_NAME, server::ServingStatus::Serving).await;
+    tasks.spawn(watch(worker.models.clone(), health.clone(), leaving.clone(), closed.clone()));
     let ready = {
         let (worker, tie) = (Arc::clone(&worker), tie.clone());
         Arc::new(move || !worker.is_draining() && *tie.borrow() == Tie::Registered)
@@ -128,19 +145,52 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let http = tasks.spawn(server::serve_http(listeners.http, ready, closed.clone()));
     let grpc = tokio::spawn(server::serve_grpc(listeners.grpc, routes, limits, closed.clone()));
 
-    stop.cancelled().await;
+    let ended = tokio::select! {
+        () = stop.cancelled() => Ended::Stopped,
+        () = worker.models.devices().given_up().cancelled() => Ended::GivenUp,
+    };
+    leaving.cancel();
     drain(&worker, tie, config.drain).await;
-    server::set_health(&health, SERVICE_NAME, server::ServingStatus::NotServing).await;
     closed.cancel();
     tasks.close();
     tasks.wait().await;
-    for ended in [grpc.await, http.await] {
-        if let Ok(Err(error)) = ended {
+    for port in [grpc.await, http.await] {
+        if let Ok(Err(error)) = port {
             tracing::warn!(%error, "a port didn't close in order");
         }
     }
-    tracing::info!(worker = %config.id, "stopped");
-    Ok(())
+    tracing::info!(worker = %config.id, ?ended, "stopped");
+    Ok(if stop.is_cancelled() { Ended::Stopped } else { ended })
+}
+
+/// Watches the devices, and has the health service say what they are: every service answers as long as one device does, and
+/// each device has a name of its own there, as in `device/cuda:0`.
+async fn watch(models: Models, health: server::HealthReporter, leaving: CancellationToken, closed: CancellationToken) {
+    let watching = tokio::spawn(models.clone().watch_devices());
+    let mut changes = models.changes();
+    changes.mark_changed();
+    loop {
+        tokio::select! {
+            () = closed.cancelled() => break,
+            () = leaving.cancelled() => {}
+            changed = changes.changed() => if changed.is_err() { break },
+        }
+        let status = |serves| if serves { server::ServingStatus::Serving } else { server::ServingStatus::NotServing };
+        let mut any = false;
+        for device in models.devices().all() {
+            let serves = models.devices().fenced(&[device]).is_none() && !leaving.is_cancelled();
+            any |= serves;
+            health.set_service_status(format!("device/{device}"), status(serves)).await;
+        }
+        for service in service::NAMES {
+            health.set_service_status(service, status(any)).await;
+        }
+        if leaving.is_cancelled() {
+            closed.cancelled().await;
+            break;
+        }
+    }
+    watching.abort();
 }
 
 /// Waits until routes have moved away, then takes nothing new, then waits for what is open; all within `limit`.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use cresset_runtime::{process, server::listen, shutdown, telemetry};
 use cresset_worker::{
-    Listeners,
+    Ended, Listeners,
     config::{Config, PROGRAM},
     run,
 };
@@ -25,5 +25,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         grpc: listen(&config.grpc).await.context("the setting 'grpc'")?,
         http: listen(&config.http).await.context("the setting 'http'")?,
     };
-    Ok(run(config, listeners, stop).await?)
+    let ended = run(config, listeners, stop).await?;
+    if ended == Ended::GivenUp {
+        tracing::warn!("starting again: a thread of this process is held by a call that doesn't return, or its device is lost");
+        return Err(process::start_again()).context("can't start again");
+    }
+    Ok(())
 }

@@ -10,7 +10,7 @@ use cresset_runtime::metrics::register;
 use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts};
 
 use crate::{
-    engine::Timing,
+    engine::{Device, Timing},
     error::PredictError,
     statistics::{Failure, Recorder},
 };
@@ -28,6 +28,9 @@ struct Families {
     waiting: IntGaugeVec,
     in_flight: IntGauge,
     sequences: IntGauge,
+    device_healthy: IntGaugeVec,
+    canaries: IntCounterVec,
+    overruns: IntCounterVec,
 }
 
 // The definitions below are all that can be wrong, and a test builds them.
@@ -54,6 +57,18 @@ fn build() -> prometheus::Result<Families> {
         waiting: register(IntGaugeVec::new(Opts::new("cresset_worker_queue_requests", "Requests that wait in a queue."), model)?),
         in_flight: register(IntGauge::new("cresset_worker_requests_in_flight", "Requests between arrival and answer.")?),
         sequences: register(IntGauge::new("cresset_worker_sequences", "Sequences that are open.")?),
+        device_healthy: register(IntGaugeVec::new(
+            Opts::new("cresset_worker_device_healthy", "1 if a device is trusted, 0 if it is fenced."),
+            &["device"],
+        )?),
+        canaries: register(IntCounterVec::new(
+            Opts::new("cresset_worker_canaries_total", "Canary inferences, by device and result."),
+            &["device", "result"],
+        )?),
+        overruns: register(IntCounterVec::new(
+            Opts::new("cresset_worker_overruns_total", "Calls that were given up because they ran longer than their model may."),
+            &["model"],
+        )?),
     })
 }
 
@@ -65,6 +80,22 @@ pub fn in_flight() -> IntGauge {
 /// Sequences that are open.
 pub fn sequences() -> IntGauge {
     FAMILIES.sequences.clone()
+}
+
+/// A device is trusted, or fenced.
+pub fn device_healthy(device: Device, is_healthy: bool) {
+    FAMILIES.device_healthy.with_label_values(&[&device.to_string()]).set(i64::from(is_healthy));
+}
+
+/// A canary inference came back.
+pub fn canary(device: Device, succeeded: bool) {
+    let result = if succeeded { "success" } else { "failure" };
+    FAMILIES.canaries.with_label_values(&[&device.to_string(), result]).inc();
+}
+
+/// A call of a model was given up.
+pub fn overrun(model: &str) {
+    FAMILIES.overruns.with_label_values(&[model]).inc();
 }
 
 /// The metrics of one model.

@@ -26,6 +26,7 @@ use crate::{
     assignment::{ReplicaKey, StaleIntent, Step, steps},
     contract::{Contract, ContractError, InstanceKind, Memory, OutputSpec},
     decoupled::Decoupled,
+    devices::Devices,
     engine::{
         Device, Engine, EngineError, EngineKind, InputBinding, LoadSpec, OutputBinding, Signature,
         device::{DeviceThread, PlacedModel},
@@ -125,7 +126,7 @@ struct Inner {
     repository: Repository,
     files: Files,
     engine: Arc<dyn Engine>,
-    devices: Vec<DeviceThread>,
+    devices: Arc<Devices>,
     bounds: Bounds,
     table: ArcSwap<Table>,
     observed: Mutex<Observed>,
@@ -157,7 +158,7 @@ impl Models {
             repository,
             files,
             engine,
-            devices,
+            devices: Arc::new(Devices::new(devices)),
             bounds,
             table: ArcSwap::default(),
             observed: Mutex::default(),
@@ -188,6 +189,29 @@ impl Models {
         self.inner.table.load().get(model).map(|versions| versions.keys().copied().collect()).unwrap_or_default()
     }
 
+    /// As [`find`](Self::find), for a request: a model on a device that is fenced doesn't run it.
+    ///
+    /// # Errors
+    /// Those of [`find`](Self::find), and [`PredictError::Engine`] with [`EngineError::DeviceLost`].
+    pub fn find_to_run(&self, model: &str, version: &str) -> Result<Arc<ServedModel>, PredictError> {
+        let served = self.find(model, version)?;
+        match self.inner.devices.fenced(&served.devices) {
+            None => Ok(served),
+            Some(why) => Err(PredictError::Engine { model: served.key.model.clone(), source: EngineError::DeviceLost(why) }),
+        }
+    }
+
+    /// What the models run on.
+    pub fn devices(&self) -> &Arc<Devices> {
+        &self.inner.devices
+    }
+
+    /// Watches the devices for ever.
+    pub async fn watch_devices(self) {
+        let inner = Arc::clone(&self.inner);
+        Arc::clone(&self.inner.devices).watch(Arc::clone(&self.inner.engine), move || inner.changed()).await;
+    }
+
     /// All models that answer.
     pub fn served(&self) -> Vec<Arc<ServedModel>> {
         self.inner.table.load().values().flat_map(BTreeMap::values).cloned().collect()
@@ -195,7 +219,21 @@ impl Models {
 
     /// What the leader should know, and a number that grows with each change of it.
     pub fn observed(&self) -> Vec<ObservedReplica> {
-        self.inner.observed.lock().replicas.values().cloned().collect()
+        let mut replicas: Vec<ObservedReplica> = self.inner.observed.lock().replicas.values().cloned().collect();
+        for served in self.served() {
+            let Some(why) = self.inner.devices.fenced(&served.devices) else { continue };
+            let is_it = |replica: &&mut ObservedReplica| {
+                replica.model == served.key.model
+                    && replica.version == served.key.version
+                    && replica.shard == served.key.shard
+                    && replica.state() == ReplicaState::Ready
+            };
+            if let Some(replica) = replicas.iter_mut().find(is_it) {
+                replica.state = ReplicaState::Failed.into();
+                replica.reason = why;
+            }
+        }
+        replicas
     }
 
     /// Changes whenever [`observed`](Self::observed) does.
@@ -342,7 +380,7 @@ impl Inner {
             let mut model = self.engine.load(&spec)?;
             takes_what_is_left_out(&contract, model.signature()).map_err(LoadError::File)?;
             warm_up(model.as_mut(), &contract, &initial, |file| read("warmup", file))?;
-            instances.push(DeviceThread::spawn(device).map_err(LoadError::Thread)?.place(model));
+            instances.push(self.devices.place(device, model, &contract).map_err(LoadError::Thread)?);
         }
         let metrics =
             ModelMetrics::new(&key.model, key.version, metrics::triton::recorder(&key.model, key.version, begun.elapsed()));
@@ -355,8 +393,7 @@ impl Inner {
 
     /// The device of each instance that the configuration asks for.
     fn places(&self, contract: &Contract) -> Result<Vec<Device>, LoadError> {
-        let gpus: Vec<Device> =
-            self.devices.iter().map(DeviceThread::device).filter(|device| matches!(device, Device::Cuda(_))).collect();
+        let gpus: Vec<Device> = self.devices.all().filter(|device| matches!(device, Device::Cuda(_))).collect();
         let mut places = Vec::new();
         for group in &contract.instances {
             let wanted: Vec<Device> = match group.kind {

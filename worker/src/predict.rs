@@ -154,7 +154,7 @@ impl Worker {
     }
 
     fn enter(&self, request: &mut ModelInferRequest, deadline: Option<Instant>, takes_many: bool) -> Entered {
-        let served = self.models.find(&request.model_name, &request.model_version).map_err(|error| (None, error))?;
+        let served = self.models.find_to_run(&request.model_name, &request.model_version).map_err(|error| (None, error))?;
         match line_up(&served, request, deadline, takes_many, &self.shared_memory) {
             Ok((waiting, placements)) => Ok((served, waiting, placements)),
             Err(error) => Err((Some(served), error)),

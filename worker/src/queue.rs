@@ -5,7 +5,10 @@
 //! request costs two hand-overs, to the thread and back. One request that makes the
 //! model raise doesn't take its neighbours with it: a failed batch is run again one by one.
 use std::{
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -59,6 +62,10 @@ pub struct ModelQueue {
     metrics: ModelMetrics,
     instances: Vec<PlacedModel>,
     waiting: Mutex<State>,
+    /// What each instance runs at the moment.
+    running: Vec<Mutex<Running>>,
+    /// How long the last batch ran, in µs.
+    last_batch_us: AtomicU64,
     ordering: Mutex<Ordering<(Reply, Result<Answered, PredictError>)>>,
     origin: Instant,
     /// For waking instances at a time.
@@ -83,6 +90,14 @@ struct State {
     closed: Option<Closed>,
 }
 
+/// What an instance runs, where it can be answered if the instance never comes back.
+#[derive(Debug, Default)]
+struct Running {
+    batch: Vec<Entry>,
+    /// Taken from the queue with it, to be run after it.
+    rest: Vec<Entry>,
+}
+
 #[derive(Debug, Clone)]
 enum Closed {
     Unloaded,
@@ -104,16 +119,28 @@ impl ModelQueue {
     /// A queue in front of these instances, on the runtime that this is called on.
     pub fn start(contract: Arc<Contract>, instances: Vec<PlacedModel>, bounds: Bounds, metrics: ModelMetrics) -> Arc<Self> {
         let idle = (0..instances.len()).rev().collect();
-        Arc::new(Self {
+        let running = instances.iter().map(|_| Mutex::default()).collect();
+        let queue = Arc::new(Self {
             contract,
             bounds,
             metrics,
             instances,
             waiting: Mutex::new(State { idle, ..State::default() }),
+            running,
+            last_batch_us: 0.into(),
             ordering: Mutex::default(),
             origin: Instant::now(),
             runtime: Handle::current(),
-        })
+        });
+        for (instance, model) in queue.instances.iter().enumerate() {
+            let queue = Arc::downgrade(&queue);
+            model.thread().on_fence(move |why| {
+                if let Some(queue) = queue.upgrade() {
+                    queue.abandon(instance, Some(why));
+                }
+            });
+        }
+        queue
     }
 
     /// Waits in the queue and for the answer. Dropping the future takes the request out of the queue.
@@ -151,8 +178,12 @@ impl ModelQueue {
         let entry = Entry { admitted, arrived, number, pending, reply };
         match state.line.push(waiting, entry, policy, &self.bounds) {
             Ok(()) => state.next_number += 1,
-            Err((Full::Requests(requests_max), _)) => return Err(PredictError::QueueFull { model: model(), requests_max }),
-            Err((Full::Bytes(bytes_max), _)) => return Err(PredictError::QueueBytesFull { model: model(), bytes_max }),
+            Err((Full::Requests(requests_max), _)) => {
+                return Err(PredictError::QueueFull { model: model(), requests_max, pushback: self.pushback() });
+            }
+            Err((Full::Bytes(bytes_max), _)) => {
+                return Err(PredictError::QueueBytesFull { model: model(), bytes_max, pushback: self.pushback() });
+            }
         }
         self.show_length(&state);
         let idle = state.idle.pop();
@@ -161,6 +192,11 @@ impl ModelQueue {
             self.wake(instance);
         }
         Ok(())
+    }
+
+    /// When a full queue may have room: once the next batch is cut. A ms at least, and a second at most.
+    fn pushback(&self) -> Duration {
+        Duration::from_micros(self.last_batch_us.load(Relaxed).clamp(1_000, 1_000_000))
     }
 
     /// Has an instance look for work until there is none.
@@ -267,34 +303,77 @@ impl ModelQueue {
     }
 
     /// Runs a batch and answers its requests. On the device's thread.
-    fn run_batch(&self, model: &mut dyn Model, mut batch: Vec<Entry>) -> Turn {
+    fn run_batch(&self, model: &mut dyn Model, instance: usize, mut batch: Vec<Entry>) -> Turn {
         batch.iter_mut().for_each(|entry| entry.pending = None);
-        match model.infer(&assemble(&self.contract, &admitted(&batch))) {
-            Ok(outputs) => self.deliver(batch, &outputs),
-            Err(EngineError::DeviceLost(why)) => return self.lose(batch, why),
-            // The fault may be one request's alone.
-            Err(_) if batch.len() > 1 => {
-                let mut batch = batch.into_iter();
-                while let Some(entry) = batch.next() {
-                    match model.infer(&assemble(&self.contract, &[&entry.admitted])) {
-                        Ok(outputs) => self.deliver(vec![entry], &outputs),
-                        Err(EngineError::DeviceLost(why)) => {
-                            return self.lose(std::iter::once(entry).chain(batch).collect(), why);
-                        }
-                        Err(source) => self.settle(entry, Err(self.engine_error(source))),
+        let mut rest = Vec::new();
+        loop {
+            let Some((ran, result)) = self.infer(model, instance, batch, &mut rest) else { return self.gone(instance) };
+            match result {
+                Ok(outputs) => self.deliver(ran, &outputs),
+                Err(EngineError::DeviceLost(why)) => return self.lose(ran.into_iter().chain(rest.into_iter().rev()), why),
+                // The fault may be one request's alone.
+                Err(_) if ran.len() > 1 => rest = ran.into_iter().rev().collect(),
+                Err(source) => {
+                    for entry in ran {
+                        self.settle(entry, Err(self.engine_error(source.clone())));
                     }
                 }
             }
-            Err(source) => {
-                for entry in batch {
-                    self.settle(entry, Err(self.engine_error(source.clone())));
-                }
+            let Some(next) = rest.pop() else { return Turn::Again };
+            batch = vec![next];
+            // Each call has its own time.
+            if let Some(instance) = self.instances.get(instance) {
+                instance.thread().lap();
             }
         }
-        Turn::Again
     }
 
-    fn lose(&self, batch: Vec<Entry>, why: String) -> Turn {
+    /// Runs the model on a batch, which lies where [`abandon`](Self::abandon) finds it meanwhile; `None` if that happened.
+    fn infer(
+        &self,
+        model: &mut dyn Model,
+        instance: usize,
+        batch: Vec<Entry>,
+        rest: &mut Vec<Entry>,
+    ) -> Option<(Vec<Entry>, Result<Outputs, EngineError>)> {
+        let place = self.running.get(instance)?;
+        let inputs = assemble(&self.contract, &admitted(&batch));
+        *place.lock() = Running { batch, rest: std::mem::take(rest) };
+        let result = model.infer(&inputs);
+        let ran = std::mem::take(&mut *place.lock());
+        *rest = ran.rest;
+        (!ran.batch.is_empty()).then_some((ran.batch, result))
+    }
+
+    /// The instance came back after it had been given up.
+    fn gone(&self, instance: usize) -> Turn {
+        match self.instances.get(instance).map(|model| model.thread().lost()) {
+            Some(EngineError::DeviceLost(why)) => Turn::Lost(why),
+            _ => Turn::Done,
+        }
+    }
+
+    /// Answers for an instance that won't: whoever it ran alone `overran`; of several, each is suspect. What waits finds the
+    /// device lost.
+    fn abandon(&self, instance: usize, overran: Option<&str>) {
+        let (Some(model), Some(running)) = (self.instances.get(instance), self.running.get(instance)) else { return };
+        let Running { batch, rest } = std::mem::take(&mut *running.lock());
+        let lost = model.thread().lost();
+        let requests = batch.len();
+        for entry in batch {
+            let error = match overran {
+                Some(why) if requests == 1 => self.engine_error(EngineError::Overran(why.to_owned())),
+                _ => PredictError::Suspect { model: self.contract.name.clone(), source: lost.clone(), requests },
+            };
+            self.settle(entry, Err(error));
+        }
+        for entry in rest {
+            self.settle(entry, Err(self.engine_error(lost.clone())));
+        }
+        self.close_for(Closed::Lost(lost));
+    }
+
+    fn lose(&self, batch: impl Iterator<Item = Entry>, why: String) -> Turn {
         let lost = EngineError::DeviceLost(why.clone());
         for entry in batch {
             self.settle(entry, Err(self.engine_error(lost.clone())));
@@ -306,6 +385,8 @@ impl ModelQueue {
     /// Answers each request of a batch with its share of the results.
     fn deliver(&self, batch: Vec<Entry>, outputs: &Outputs) {
         let rows: usize = batch.iter().map(|entry| entry.admitted.rows).sum();
+        let took_us = u64::try_from(outputs.timing.total().as_micros()).unwrap_or(u64::MAX);
+        self.last_batch_us.store(took_us, Relaxed);
         self.metrics.batch(rows, &outputs.timing);
         let answers = answers(&self.contract, &admitted(&batch), outputs);
         for (entry, answer) in batch.into_iter().zip(answers) {
@@ -349,7 +430,7 @@ impl Driver {
     fn turn(&mut self, model: &mut dyn Model) -> Turn {
         let Some(queue) = self.queue.upgrade() else { return Turn::Done };
         match queue.cut(self.instance) {
-            Cut::Batch(batch) => queue.run_batch(model, batch),
+            Cut::Batch(batch) => queue.run_batch(model, self.instance, batch),
             Cut::Idle => self.end(),
             Cut::WaitUntil(at) => {
                 queue.wake_at(at);
@@ -369,9 +450,8 @@ impl Drop for Driver {
         // Dropped before its end: the device is lost, and nobody would look at the queue again.
         if !self.ended
             && let Some(queue) = self.queue.upgrade()
-            && let Some(model) = queue.instances.get(self.instance)
         {
-            queue.close_for(Closed::Lost(model.thread().lost()));
+            queue.abandon(self.instance, None);
         }
     }
 }

@@ -31,7 +31,7 @@ use crate::{
     admission::Admitted,
     contract::{Contract, SequenceSpec},
     engine::device::PlacedModel,
-    error::PredictError,
+    error::{PUSHBACK, PredictError},
     metrics::ModelMetrics,
     queue::{Answered, ModelQueue, Terms},
 };
@@ -189,7 +189,7 @@ impl Sequences {
         match requests.try_send(DirectRequest { admitted, terms, start, end, reply }) {
             Ok(()) => Ok(answer),
             Err(mpsc::error::TrySendError::Full(_)) => {
-                Err(PredictError::QueueFull { model: model(), requests_max: SEQUENCE_REQUESTS_MAX })
+                Err(PredictError::QueueFull { model: model(), requests_max: SEQUENCE_REQUESTS_MAX, pushback: PUSHBACK })
             }
             // It ended, by END or by being idle, just now.
             Err(mpsc::error::TrySendError::Closed(_)) => Err(not_started()),

@@ -19,6 +19,9 @@ use tonic::{codec::CompressionEncoding, metadata::MetadataMap, service::Routes};
 
 use crate::{error::PredictError, predict::Worker};
 
+/// What the health service knows this port's services by; the empty name stands for all of them.
+pub const NAMES: [&str; 3] = ["", "inference.GRPCInferenceService", "cresset.fleet.v1.SequencesService"];
+
 /// All services of a worker's port.
 ///
 /// # Errors

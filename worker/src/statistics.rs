@@ -63,7 +63,9 @@ impl Failure {
         match reason {
             Reason::QueueFull | Reason::SequencesFull | Reason::QueueTimeout => Self::Rejected,
             Reason::DeadlineExceeded => Self::Canceled,
-            Reason::ModelFailed | Reason::OutOfMemory | Reason::DeviceUnhealthy | Reason::BadCheckpoint => Self::Backend,
+            Reason::ModelFailed | Reason::OutOfMemory | Reason::DeviceUnhealthy | Reason::Suspect | Reason::BadCheckpoint => {
+                Self::Backend
+            }
             _ => Self::Other,
         }
     }

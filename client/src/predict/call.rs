@@ -1,5 +1,5 @@
 //! What comes with a call beside the request: deadline, trace context, and how errors should look.
-use cresset_proto::reason::Reason;
+use cresset_proto::{metadata::retry_pushback, reason::Reason};
 use tokio::time::Instant;
 use tonic::{
     Code, Request, Status,
@@ -69,7 +69,10 @@ pub(super) fn outcome(status: Status, model: &str) -> Status {
         Failure::Refused(Reason::Fenced | Reason::NotHere | Reason::NoReplica | Reason::UnknownModel | Reason::Draining) => {
             nobody(status.message())
         }
-        Failure::Refused(reason) => reason.status(status.message()),
+        Failure::Refused(reason) => match retry_pushback(status.metadata()) {
+            Some(pushback) => reason.status_with_pushback(status.message(), pushback),
+            None => reason.status(status.message()),
+        },
         Failure::Coded(Code::Unavailable | Code::FailedPrecondition | Code::Aborted | Code::NotFound) => nobody(status.message()),
         Failure::Coded(Code::Unknown | Code::Cancelled) => nobody(status.message()),
         Failure::Coded(code) => Status::new(code, status.message()),

@@ -1,6 +1,7 @@
 //! What a request, or a sequence's stream, has tried so far, and where it goes next.
 use std::{sync::Arc, time::Duration};
 
+use cresset_proto::metadata::retry_pushback;
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 
@@ -79,6 +80,7 @@ impl Failover {
             moves_left: self.moves_left,
             overloads_left: self.overloads_left,
             failures: self.failures,
+            pushback_ms: retry_pushback(status.metadata()).map_or(0, millis),
             others: route.is_some_and(|route| self.candidates(router, route).iter().any(|candidate| !candidate.tried)),
             now_ms,
             deadline_ms: now_ms + millis(deadline.saturating_duration_since(Instant::now())),

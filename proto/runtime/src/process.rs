@@ -1,7 +1,27 @@
 //! The frame of a process: settings in, exit code out. 0 done, 1 failed, 2 bad usage or configuration.
-use std::{fmt::Display, process::ExitCode};
+use std::{
+    env,
+    fmt::Display,
+    io,
+    os::unix::process::CommandExt,
+    process::{Command, ExitCode},
+};
 
 use crate::settings::{Invocation, Problems, Program, Settings};
+
+/// Puts a new process of the same program, with the same arguments and variables, in this one's place: the process id and the
+/// parent stay, every thread ends, every socket is closed. Returns only if the system refuses.
+pub fn start_again() -> io::Error {
+    let mut arguments = env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    let arguments: Vec<_> = arguments.collect();
+    let program = match env::current_exe() {
+        // A program that was replaced or removed meanwhile is still there under this name.
+        Ok(program) if program.exists() => program,
+        Ok(_) | Err(_) => "/proc/self/exe".into(),
+    };
+    Command::new(program).arg0(name).args(arguments).exec()
+}
 
 /// Reads the command line, the environment and the file; then `serve`s, unless only a check or the help was asked for.
 pub fn run<C, E: Display>(

@@ -7,20 +7,24 @@
 //!
 //! Absent on purpose: queues, priorities and deadlines, which belong to whoever drives or waits.
 
+mod fence;
 mod garbage;
 
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
+use tokio_util::sync::WaitForCancellationFutureOwned;
 
+use self::fence::Shared;
+pub use self::fence::{DeviceHealth, ThreadWatch};
 pub use self::garbage::freed;
 use super::{Device, EngineError, Generation, InputParts, Model, Outputs, SequenceModel, Signature, short_message};
 
@@ -32,30 +36,18 @@ const STACK_BYTES: usize = 16 << 20;
 /// A job returns the reason if the device is lost after it.
 type Job = Box<dyn FnOnce() -> Option<String> + Send>;
 
-/// Whether a device can be used.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DeviceHealth {
-    /// It takes jobs.
-    Ready,
-    /// It refuses all further jobs, for this reason, until the process is started again.
-    Lost(String),
-}
-
 /// A handle to a device's thread; clones are handles to the same one. The thread ends when the last
 /// handle, and the last model placed on it, is dropped.
 #[derive(Clone)]
 pub struct DeviceThread {
-    device: Device,
     /// Bounded by whoever sends: one job for each slot, and one for each driver.
     jobs: mpsc::UnboundedSender<Job>,
-    room: Arc<Semaphore>,
-    health: watch::Receiver<DeviceHealth>,
-    clock: Arc<Clock>,
+    shared: Arc<Shared>,
 }
 
 impl std::fmt::Debug for DeviceThread {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DeviceThread").field("device", &self.device).finish_non_exhaustive()
+        f.debug_struct("DeviceThread").field("device", &self.device()).finish_non_exhaustive()
     }
 }
 
@@ -66,36 +58,50 @@ impl DeviceThread {
     /// What the system says when it has no thread left.
     pub fn spawn(device: Device) -> std::io::Result<Self> {
         let (jobs, inbox) = mpsc::unbounded_channel();
-        let room = Arc::new(Semaphore::new(READY_JOBS_MAX));
-        let (health_out, health) = watch::channel(DeviceHealth::Ready);
-        let clock = Arc::new(Clock::new());
-        let theirs = Arc::clone(&clock);
+        let shared = Arc::new(Shared::new(device, READY_JOBS_MAX));
+        let theirs = Arc::clone(&shared);
         std::thread::Builder::new()
             .name(format!("engine-{device}"))
             .stack_size(STACK_BYTES)
-            .spawn(move || serve(inbox, &health_out, &theirs))?;
-        Ok(Self { device, jobs, room, health, clock })
+            .spawn(move || serve(inbox, &theirs))?;
+        Ok(Self { jobs, shared })
     }
 
     /// The device.
     pub fn device(&self) -> Device {
-        self.device
+        self.shared.device
     }
 
     /// The device's health, now and when it changes.
     pub fn health(&self) -> watch::Receiver<DeviceHealth> {
-        self.health.clone()
+        self.shared.health.subscribe()
     }
 
     /// How long the job that runs now has been running; `None` if the device is idle. A job that runs
     /// for minutes is a device that hangs: nothing can stop it, but somebody should be told.
     pub fn busy_for(&self) -> Option<Duration> {
-        self.clock.busy_for()
+        self.shared.clock.busy_for()
     }
 
     /// How long jobs have run since the start, all of them together, without the one that runs now.
     pub fn busy_total(&self) -> Duration {
-        Duration::from_micros(self.clock.total_us.load(Ordering::Relaxed))
+        self.shared.clock.total()
+    }
+
+    /// The running job begins another piece of work: [`busy_for`](Self::busy_for) counts from here.
+    pub fn lap(&self) {
+        self.shared.clock.stop();
+        self.shared.clock.start();
+    }
+
+    /// An eye on this thread that doesn't keep it alive.
+    pub fn watch(&self) -> ThreadWatch {
+        ThreadWatch::new(Arc::clone(&self.shared), self.jobs.downgrade())
+    }
+
+    /// Has `hook` called when the thread is given up, with the reason.
+    pub fn on_fence(&self, hook: impl FnOnce(&str) + Send + 'static) {
+        self.shared.hooks.lock().push(Box::new(hook));
     }
 
     /// Puts a loaded model in this thread's care.
@@ -113,40 +119,33 @@ impl DeviceThread {
     /// # Errors
     /// [`EngineError::DeviceLost`].
     pub async fn slot(&self) -> Result<Slot, EngineError> {
-        // The semaphore is never closed.
-        let permit = Arc::clone(&self.room).acquire_owned().await.map_err(|_| self.lost())?;
-        if let DeviceHealth::Lost(why) = &*self.health.borrow() {
-            return Err(EngineError::DeviceLost(why.clone()));
+        // It is closed when the thread is given up.
+        let permit = Arc::clone(&self.shared.room).acquire_owned().await.map_err(|_| self.lost())?;
+        if self.shared.is_lost() {
+            return Err(self.lost());
         }
-        Ok(Slot { permit, jobs: self.jobs.clone(), health: self.health.clone() })
+        Ok(Slot { permit, jobs: self.jobs.clone(), shared: Arc::clone(&self.shared) })
     }
 
     /// The error of a device that is lost.
     pub fn lost(&self) -> EngineError {
-        lost(&self.health)
-    }
-}
-
-fn lost(health: &watch::Receiver<DeviceHealth>) -> EngineError {
-    match &*health.borrow() {
-        DeviceHealth::Lost(why) => EngineError::DeviceLost(why.clone()),
-        DeviceHealth::Ready => EngineError::DeviceLost("its thread has ended".into()),
+        self.shared.lost()
     }
 }
 
 /// The thread's loop. After the device is lost, jobs are dropped unrun, which their callers notice.
-fn serve(mut inbox: mpsc::UnboundedReceiver<Job>, health: &watch::Sender<DeviceHealth>, clock: &Clock) {
+fn serve(mut inbox: mpsc::UnboundedReceiver<Job>, shared: &Shared) {
     while let Some(job) = inbox.blocking_recv() {
-        if *health.borrow() != DeviceHealth::Ready {
+        if shared.is_lost() {
             continue;
         }
-        clock.start();
+        shared.clock.start();
         // A job that panics leaves only its own model in doubt, but a panic here is a bug of ours or a
         // device gone mad: either way this device's answers are not to be trusted any more.
         let verdict = catch_unwind(AssertUnwindSafe(job)).unwrap_or_else(|panic| Some(panic_message(&*panic)));
-        clock.stop();
+        shared.clock.stop();
         if let Some(why) = verdict {
-            health.send_replace(DeviceHealth::Lost(why));
+            shared.lose(why);
         }
     }
 }
@@ -161,10 +160,15 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
 pub struct Slot {
     permit: OwnedSemaphorePermit,
     jobs: mpsc::UnboundedSender<Job>,
-    health: watch::Receiver<DeviceHealth>,
+    shared: Arc<Shared>,
 }
 
 impl Slot {
+    /// Runs `check` on the thread: whether the device can still compute.
+    pub fn check(self, check: impl FnOnce() -> Result<(), EngineError> + Send + 'static) -> Answer<()> {
+        self.submit(IfAbandoned::Run, check)
+    }
+
     /// As [`Model::infer`]. If the answer is dropped before the job begins, it is not run.
     pub fn infer(self, model: &PlacedModel, inputs: Vec<InputParts>) -> Answer<Outputs> {
         let kept = Arc::clone(&model.model);
@@ -233,12 +237,15 @@ impl Slot {
     ) -> Answer<T> {
         let (answer, receiver) = oneshot::channel();
         let permit = self.permit;
+        let begun = Arc::new(AtomicBool::new(false));
+        let begins = Arc::clone(&begun);
         let job: Job = Box::new(move || {
             // While this runs, the next may get ready.
             drop(permit);
             if abandoned == IfAbandoned::Skip && answer.is_closed() {
                 return None;
             }
+            begins.store(true, Ordering::Relaxed);
             let result = run();
             let lost = match &result {
                 Err(EngineError::DeviceLost(why)) => Some(why.clone()),
@@ -250,7 +257,8 @@ impl Slot {
         });
         // If the thread has ended, the answer's other end goes with the job, and its owner hears of that.
         let _ = self.jobs.send(job);
-        Answer { receiver, health: self.health }
+        let fenced = Box::pin(self.shared.fenced.clone().cancelled_owned());
+        Answer { receiver, shared: self.shared, begun, fenced }
     }
 }
 
@@ -273,18 +281,24 @@ pub struct SteppedAndSaved {
 #[must_use = "an answer that is dropped abandons its job"]
 pub struct Answer<T> {
     receiver: oneshot::Receiver<Result<T, EngineError>>,
-    health: watch::Receiver<DeviceHealth>,
+    shared: Arc<Shared>,
+    begun: Arc<AtomicBool>,
+    fenced: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 impl<T> Future for Answer<T> {
     type Output = Result<T, EngineError>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.receiver).poll(context).map(|received| match received {
-            Ok(result) => result,
+        match Pin::new(&mut self.receiver).poll(context) {
+            Poll::Ready(Ok(result)) => return Poll::Ready(result),
             // The job was dropped: it panicked, or the device was lost before its turn.
-            Err(_) => Err(lost(&self.health)),
-        })
+            Poll::Ready(Err(_)) => return Poll::Ready(Err(self.shared.lost())),
+            Poll::Pending => {}
+        }
+        // Nobody waits for a thread that was given up: the job that holds it is to blame, those behind it are not.
+        let begun = self.begun.load(Ordering::Relaxed);
+        self.fenced.as_mut().poll(context).map(|()| Err(if begun { self.shared.overran() } else { self.shared.lost() }))
     }
 }
 
@@ -468,38 +482,6 @@ impl<T: ?Sized + Send + 'static> Drop for Kept<T> {
         if let Some(value) = self.value.take() {
             garbage::free(Box::new(value), self.is_large);
         }
-    }
-}
-
-/// When the running job began, and what all earlier ones took.
-struct Clock {
-    origin: Instant,
-    /// Microseconds from `origin` plus one; zero while idle.
-    started_us: AtomicU64,
-    total_us: AtomicU64,
-}
-
-impl Clock {
-    fn new() -> Self {
-        Self { origin: Instant::now(), started_us: AtomicU64::new(0), total_us: AtomicU64::new(0) }
-    }
-
-    fn now_us(&self) -> u64 {
-        u64::try_from(self.origin.elapsed().as_micros()).unwrap_or(u64::MAX - 1) + 1
-    }
-
-    fn start(&self) {
-        self.started_us.store(self.now_us(), Ordering::Relaxed);
-    }
-
-    fn stop(&self) {
-        let took = self.now_us().saturating_sub(self.started_us.swap(0, Ordering::Relaxed));
-        self.total_us.fetch_add(took, Ordering::Relaxed);
-    }
-
-    fn busy_for(&self) -> Option<Duration> {
-        let started = self.started_us.load(Ordering::Relaxed);
-        (started != 0).then(|| Duration::from_micros(self.now_us().saturating_sub(started)))
     }
 }
 

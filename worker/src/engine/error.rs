@@ -27,6 +27,9 @@ pub enum EngineError {
     /// The bytes are not a checkpoint of this model.
     #[error("the checkpoint can't be used: {0}")]
     BadCheckpoint(String),
+    /// The call ran longer than the model may; its device's thread was given up with it.
+    #[error("{0}")]
+    Overran(String),
     /// The device or its thread is gone; nothing will work on it until the process is started again.
     #[error("the device is lost: {0}")]
     DeviceLost(String),

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::null::{NullModel, NullSpec};
 use super::torch::PackageEngine;
-use super::{Engine, EngineError, LoadSpec, Model, TorchEngine};
+use super::{Device, Engine, EngineError, LoadSpec, Model, TorchEngine};
 
 /// The parameter of `config.pbtxt` that says how long a null model's call takes, in µs.
 const NULL_SLEEP: &str = "cresset.null.sleep_us";
@@ -72,6 +72,10 @@ impl Engine for AnyEngine {
                     .into(),
             )),
         }
+    }
+
+    fn try_device(&self, device: Device) -> Result<(), EngineError> {
+        TorchEngine.try_device(device)
     }
 
     fn name(&self) -> &'static str {

@@ -161,6 +161,15 @@ pub trait Engine: Send + Sync {
     /// [`EngineError::DeviceLost`].
     fn load(&self, spec: &LoadSpec) -> Result<Box<dyn Model>, EngineError>;
 
+    /// Computes something tiny on the device and compares the result: whether the device still does what it should. It runs
+    /// on a thread of the device. An engine without a device of its own has nothing to try.
+    ///
+    /// # Errors
+    /// [`EngineError::Failed`] for a wrong result, else as [`Model::infer`].
+    fn try_device(&self, _device: Device) -> Result<(), EngineError> {
+        Ok(())
+    }
+
     /// A word for logs and metrics.
     fn name(&self) -> &str;
 }

@@ -1,10 +1,11 @@
 //! The engine over libtorch.
 //!
-//! The loaded module lives in the shim (`native/`); nothing here needs `tch`. One module is kept as
+//! The loaded module lives in the shim (`native/`); only the [`canary`] needs `tch`. One module is kept as
 //! the file left it and never runs: sequences are copies of it which share its weights and its
 //! compiled code, and a checkpoint is what differs from it.
 
 mod calls;
+mod canary;
 pub(crate) mod checkpoint;
 mod ffi;
 mod native;
@@ -22,7 +23,7 @@ pub use self::package::PackageEngine;
 use super::archive::{self, Layout};
 use super::error::{short_message, short_message_about};
 use super::signature::{self, Argument, ArgumentKind, Signature};
-use super::{Engine, EngineError, Generation, InputParts, LoadSpec, Model, Outputs, SequenceModel, Timing};
+use super::{Device, Engine, EngineError, Generation, InputParts, LoadSpec, Model, Outputs, SequenceModel, Timing};
 
 /// libtorch, linked for the CPU; [`super::cuda::load`] adds GPUs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -57,6 +58,10 @@ impl Engine for TorchEngine {
             module,
             signature,
         }))
+    }
+
+    fn try_device(&self, device: Device) -> Result<(), EngineError> {
+        canary::sing(device)
     }
 
     fn name(&self) -> &'static str {

@@ -39,9 +39,9 @@ impl GrpcInferenceService for Inference {
 
     async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Answer<ModelReadyResponse> {
         let ModelReadyRequest { name, version } = request.into_inner();
-        let ready = match self.worker.models.find(&name, &version) {
+        let ready = match self.worker.models.find_to_run(&name, &version) {
             Ok(_) => !self.worker.is_draining(),
-            Err(error) if error.reason() == Reason::UnknownModel => false,
+            Err(error) if matches!(error.reason(), Reason::UnknownModel | Reason::DeviceUnhealthy) => false,
             Err(error) => return Err(error.status()),
         };
         Ok(Response::new(ModelReadyResponse { ready }))

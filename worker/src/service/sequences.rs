@@ -102,7 +102,7 @@ async fn first(requests: &mut Streaming<RunRequest>) -> Result<Option<Open>, Pre
 }
 
 fn find(worker: &Worker, open: &Open) -> Result<Arc<ServedModel>, PredictError> {
-    let served = worker.models.find(&open.model, &open.version.to_string()).map_err(|error| match error {
+    let served = worker.models.find_to_run(&open.model, &open.version.to_string()).map_err(|error| match error {
         // The router's routes said that it is here: it was, or it will be.
         PredictError::UnknownModel(model) | PredictError::UnknownVersion { model, .. } => PredictError::Unloaded(model),
         other => other,

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
 
 use super::*;
 use crate::engine::{Datatype, OutputTensor, Timing};
@@ -225,4 +226,36 @@ async fn a_model_is_freed_elsewhere_when_its_last_handle_goes() {
     other.infer(Vec::new()).await.expect("still there");
     drop(other);
     assert_eq!(news.recv().expect("freed"), "engine-free");
+}
+
+#[tokio::test]
+async fn whoever_holds_a_thread_that_is_given_up_overran_and_the_others_find_it_lost() {
+    let thread = DeviceThread::spawn(Device::Cpu).expect("a thread");
+    let (begun, has_begun) = channel();
+    let (end, ends) = channel::<()>();
+    let model = thread.place(Fake::new(move |_| {
+        begun.send(()).expect("the test waits");
+        ends.recv().expect("the test ends it");
+        Ok(outputs(Vec::new()))
+    }));
+    let told = Arc::new(Mutex::new(String::new()));
+    let hears = Arc::clone(&told);
+    thread.on_fence(move |why| hears.lock().push_str(why));
+    let holds = thread.slot().await.expect("room").infer(&model, Vec::new());
+    has_begun.recv().expect("it begins");
+    let waits = thread.slot().await.expect("room").infer(&model, Vec::new());
+    let watch = thread.watch();
+    assert!(watch.busy_for().is_some() && watch.lost().is_none() && !watch.is_over());
+    let in_line = tokio::spawn({
+        let thread = thread.clone();
+        async move { thread.slot().await.map(drop) }
+    });
+    watch.fence("too long");
+    let lost = || EngineError::DeviceLost("too long".into());
+    assert_eq!(holds.await.unwrap_err(), EngineError::Overran("too long".into()));
+    assert_eq!(waits.await.unwrap_err(), lost());
+    assert_eq!(in_line.await.expect("no panic").unwrap_err(), lost());
+    assert_eq!((told.lock().as_str(), watch.lost().as_deref()), ("too long", Some("too long")));
+    end.send(()).expect("it waits still");
+    assert_eq!(thread.slot().await.map(drop).unwrap_err(), lost(), "also once it came back");
 }

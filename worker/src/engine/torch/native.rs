@@ -26,7 +26,7 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    fn plain(text: &str) -> Self {
+    pub(super) fn plain(text: &str) -> Self {
         Self { code: 1, text: text.to_string() }
     }
 
