@@ -8,7 +8,7 @@ use crate::{journal::Limits, workers::ConnectionSettings};
 pub struct RouterSettings {
     /// Connections to workers.
     pub connection: ConnectionSettings,
-    /// How long a request without a deadline of its own may take.
+    /// How long a request without a deadline of its own may take; of a decoupled model: how long it may be silent.
     pub request_timeout: Duration,
     /// How long a unary request waits for a replica when none can take it.
     pub route_wait: Duration,

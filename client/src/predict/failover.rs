@@ -34,7 +34,7 @@ impl Failover {
         self.failures = 0;
         self.overloads_left = router.settings.overloads_max;
         self.moves_left = match self.kind {
-            Kind::Unary => router.settings.moves_max,
+            Kind::Unary | Kind::Decoupled => router.settings.moves_max,
             Kind::Sequence => router.settings.sequence_moves_max,
         };
     }
