@@ -37,6 +37,7 @@ const PURE: [&str; 7] = [
     "worker/src/assignment.rs",
     "worker/src/admission.rs",
     "client/src/balance.rs",
+    "client/src/latency.rs",
     "client/src/retry.rs",
     "client/src/journal.rs",
 ];

@@ -43,10 +43,11 @@ pub(super) async fn infer(
         let pause = match failover.pick(router, route) {
             Some(replica) => {
                 let span = tracing::debug_span!("attempt", %model, worker = %replica.worker_id, epoch = table.epoch());
+                let began = Instant::now();
                 let attempt = once(router, &replica, request.clone(), options, deadline);
                 let status = match attempt.instrument(span).await {
                     Ok(response) => {
-                        replica.note_success();
+                        replica.note_answer(route, began.elapsed(), router.now_ms());
                         return Ok(response);
                     }
                     Err(status) => status,

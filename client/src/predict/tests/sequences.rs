@@ -257,7 +257,7 @@ async fn a_full_journal_waits_for_its_checkpoint() {
     let mut settings = RouterSettings::default();
     settings.journal.bytes_max = 3 * prost::Message::encoded_len(&step(7, 1));
     settings.journal.checkpoint_requests = 2;
-    let world = World::with(&[&worker], IDLE_US, settings);
+    let world = World::with(&[&worker], IDLE_US, settings.clone());
     assert_eq!(run(&world.router, 7, 40, 10).await, expected(40));
 
     // A worker that gives no checkpoints: the sequence says so rather than promise what it can't keep.
