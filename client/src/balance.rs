@@ -1,40 +1,126 @@
-//! Which replica takes the next request: power of two choices by requests in flight.
+//! Which replica takes the next request: power of two choices by work in flight × recent slowness.
 //!
-//! Two random candidates and the less busy of them: nearly as even as asking everybody, and routers that can't see each
-//! other don't all run to the same idle replica. Pure: the randomness comes in as a value, the pick goes out as an index.
-//! Sequences are not balanced here after their first request: they stick to their replica until it fails.
+//! Two random candidates and the better of them: nearly as even as asking everybody, and routers that can't see each other
+//! don't all run to the same idle replica. Replicas of the router's own zone come first; one of another zone is taken when it
+//! is better by far. A fresh replica gets its full share only by and by. Pure: the randomness comes in as a value, the pick
+//! goes out as an index.
+//!
+//! Sequences are placed by rendezvous hashing ([`place`]), so that every router puts a sequence on the same replica, and stick
+//! to it until it fails. Those that had to move are remembered by their sessions.
+use std::cmp::Ordering;
+
+/// How much better a replica of another zone must be to be taken.
+const FAR: f32 = 4.0;
+/// A fresh replica's share to begin with.
+pub const SHARE_MIN: f32 = 0.1;
 
 /// What the choice may know of one replica.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Candidate {
+    /// A number that all routers know it by.
+    pub id: u64,
     /// Requests that this router has at the replica.
     pub in_flight: u32,
+    /// How long its answers took lately, as a multiple of what is usual for their models.
+    pub slowness: f32,
+    /// What part of its due it may get, above 0: less than 1 for a fresh one.
+    pub share: f32,
+    /// It is in another zone.
+    pub far: bool,
     /// This request was there already, in vain.
     pub tried: bool,
     /// It failed a moment ago: taken only when nobody else is left.
     pub failing: bool,
 }
 
+impl Default for Candidate {
+    fn default() -> Self {
+        Self { id: 0, in_flight: 0, slowness: 1.0, share: 1.0, far: false, tried: false, failing: false }
+    }
+}
+
+impl Candidate {
+    fn cost(&self) -> f32 {
+        let cost = (self.in_flight as f32 + 1.0) * self.slowness;
+        if self.far { cost * FAR } else { cost }
+    }
+}
+
 /// Picks one of `candidates`, or `None` when every one was tried. `random` should be uniform over all 64 bits.
 pub fn pick(candidates: &[Candidate], random: u64) -> Option<usize> {
-    let eligible = |failing: bool| {
-        let wanted = move |candidate: &Candidate| !candidate.tried && candidate.failing == failing;
+    let failing = only_failing_are_left(candidates)?;
+    let fit = |far: bool| {
+        let wanted = move |candidate: &Candidate| !candidate.tried && candidate.failing == failing && candidate.far == far;
         candidates.iter().enumerate().filter(move |(_, candidate)| wanted(candidate)).map(|(index, _)| index)
     };
-    let mut fit: Vec<usize> = eligible(false).collect();
-    if fit.is_empty() {
-        fit = eligible(true).collect();
-    }
-    match fit.len() {
-        0 => None,
-        1 => fit.first().copied(),
-        count => {
-            let (first, second) = two(count, random);
-            let (first, second) = (*fit.get(first)?, *fit.get(second)?);
-            let busy = |index: usize| candidates.get(index).map_or(u32::MAX, |candidate| candidate.in_flight);
-            Some(if busy(second) < busy(first) { second } else { first })
+    let (near, far) = (fit(false).count(), fit(true).count());
+    let nth = |is_far: bool, index: usize| fit(is_far).nth(index);
+    let drawn = match (near, far) {
+        (0, 0) => return None,
+        (0, _) => pair(far, random).map(|index| index.and_then(|index| nth(true, index))),
+        (_, 0) => pair(near, random).map(|index| index.and_then(|index| nth(false, index))),
+        // Two of the zone, and one from elsewhere in case that the zone is overrun.
+        _ => {
+            let [first, second, _] = pair(near, random).map(|index| index.and_then(|index| nth(false, index)));
+            let third = usize::try_from(mixed(random, 1) % far as u64).ok().and_then(|index| nth(true, index));
+            [first, second, third]
         }
+    };
+    let dice = mixed(random, 2);
+    let keys = drawn.into_iter().flatten().enumerate().filter_map(|(draw, index)| {
+        let candidate = candidates.get(index)?;
+        // 16 bits of the dice for each of the drawn.
+        let die = ((dice >> (16 * draw)) & 0xffff) as f32 / 65_536.0;
+        Some((index, die >= candidate.share, candidate.cost()))
+    });
+    let best = keys.min_by(|a, b| a.1.cmp(&b.1).then(a.2.partial_cmp(&b.2).unwrap_or(Ordering::Equal)));
+    best.map(|(index, _, _)| index)
+}
+
+/// Places a sequence: the candidate that `key` likes best, out of those that don't have far more than their part. `None` when
+/// every one was tried.
+pub fn place(candidates: &[Candidate], key: u64) -> Option<usize> {
+    let failing = only_failing_are_left(candidates)?;
+    let fit = || candidates.iter().enumerate().filter(move |(_, candidate)| !candidate.tried && candidate.failing == failing);
+    let (sum, count) = fit().fold((0_u64, 0_u64), |(sum, count), (_, c)| (sum + u64::from(c.in_flight), count + 1));
+    // A quarter more than the mean, with this one counted, and rounded up.
+    let most = (sum + 1).saturating_mul(5).div_ceil(4 * count.max(1));
+    let has_room = |candidate: &Candidate| u64::from(candidate.in_flight) < most;
+    let best = |far: bool| {
+        let fit = fit().filter(|(_, candidate)| candidate.far == far && has_room(candidate));
+        fit.max_by_key(|(_, candidate)| mixed(candidate.id, key)).map(|(index, _)| index)
+    };
+    best(false).or_else(|| best(true))
+}
+
+/// Whether all that were not tried are failing; `None` if all were tried.
+fn only_failing_are_left(candidates: &[Candidate]) -> Option<bool> {
+    let mut left = candidates.iter().filter(|candidate| !candidate.tried).map(|candidate| candidate.failing);
+    let first = left.next()?;
+    Some(first && left.all(|failing| failing))
+}
+
+/// A number for a name, the same in every process.
+pub fn id_of(name: &str) -> u64 {
+    // FNV-1a: short names, and no enemy.
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// Random bits out of two words (the finalizer of SplitMix64).
+pub fn mixed(word: u64, salt: u64) -> u64 {
+    let mut z = word ^ salt.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// Two different indices below `count`, or the only one.
+fn pair(count: usize, random: u64) -> [Option<usize>; 3] {
+    if count < 2 {
+        return [(count == 1).then_some(0), None, None];
     }
+    let (first, second) = two(count, random);
+    [Some(first), Some(second), None]
 }
 
 /// Two different indices below `count` (at least 2), each half of `random` deciding one.
@@ -78,14 +164,79 @@ mod tests {
         }
     }
 
+    /// How often each of `candidates` is picked in 4,000 draws.
+    fn shares(candidates: &[Candidate]) -> Vec<u32> {
+        let mut picks = vec![0; candidates.len()];
+        for draw in 0..4_000 {
+            picks[pick(candidates, mixed(draw, 77)).unwrap()] += 1;
+        }
+        picks
+    }
+
+    #[test]
+    fn a_slow_replica_gets_less_at_the_same_load() {
+        let slow = Candidate { slowness: 5.0, ..busy(2) };
+        assert_eq!(shares(&[slow, busy(2)]), [0, 4_000]);
+        assert_eq!(shares(&[slow, busy(20)]), [4_000, 0], "until the other has far more to do");
+    }
+
+    #[test]
+    fn another_zone_is_for_when_this_one_is_overrun() {
+        let far = |in_flight| Candidate { far: true, ..busy(in_flight) };
+        assert_eq!(shares(&[busy(5), busy(5), far(2)])[2], 0);
+        assert_eq!(shares(&[busy(50), busy(50), far(2)])[2], 4_000);
+        assert_eq!(pick(&[far(9)], 3), Some(0), "better far than nobody");
+        assert_eq!(shares(&[Candidate { failing: true, ..busy(0) }, far(9)]), [0, 4_000]);
+    }
+
+    #[test]
+    fn a_fresh_replica_starts_slowly_and_is_no_worse_than_nobody() {
+        let fresh = Candidate { share: SHARE_MIN, ..busy(0) };
+        let picks = shares(&[fresh, busy(1)]);
+        assert!((200..800).contains(&picks[0]), "about a tenth: {picks:?}");
+        let all_fresh = shares(&[fresh, fresh]);
+        assert!(all_fresh.iter().all(|count| (1_500..2_500).contains(count)), "{all_fresh:?}");
+    }
+
+    #[test]
+    fn sequences_are_placed_alike_by_every_router_and_few_move_when_one_goes() {
+        let names = ["w1", "w2", "w3", "w4"];
+        let all: Vec<_> = names.iter().map(|name| Candidate { id: id_of(name), ..busy(1_000) }).collect();
+        let mut without = all.clone();
+        without[2].tried = true;
+        let mut moved = 0;
+        let mut counts = [0_u32; 4];
+        for key in 0..1_000 {
+            let home = place(&all, key).unwrap();
+            counts[home] += 1;
+            let next = place(&without, key).unwrap();
+            assert_ne!(next, 2);
+            moved += u32::from(next != home);
+        }
+        assert_eq!(moved, counts[2], "only those that were there");
+        assert!(counts.iter().all(|count| (180..320).contains(count)), "{counts:?}");
+    }
+
+    #[test]
+    fn no_replica_is_given_far_more_sequences_than_the_others() {
+        let mut all: Vec<_> = (1..=3).map(|id| Candidate { id, ..busy(0) }).collect();
+        for sequence in 0..300_u64 {
+            let home = place(&all, mixed(sequence, 5)).unwrap();
+            all[home].in_flight += 1;
+        }
+        let most = all.iter().map(|candidate| candidate.in_flight).max().unwrap();
+        assert!(most <= 126, "{all:?}");
+        assert_eq!(place(&[Candidate { tried: true, ..busy(0) }], 3), None);
+    }
+
     proptest! {
         #[test]
         fn picks_are_fit_and_never_the_busiest_of_all(
             loads in prop::collection::vec((0_u32..100, any::<bool>(), any::<bool>()), 0..12),
             random: u64,
         ) {
-            let candidates: Vec<Candidate> =
-                loads.iter().map(|&(in_flight, tried, failing)| Candidate { in_flight, tried, failing }).collect();
+            let candidate = |&(in_flight, tried, failing)| Candidate { in_flight, tried, failing, ..Candidate::default() };
+            let candidates: Vec<Candidate> = loads.iter().map(candidate).collect();
             match pick(&candidates, random) {
                 None => prop_assert!(candidates.iter().all(|candidate| candidate.tried)),
                 Some(index) => {

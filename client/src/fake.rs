@@ -4,7 +4,10 @@
 //! sockets of a process that is killed.
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -22,8 +25,10 @@ use cresset_proto::{
     inference::{
         self, ModelConfig, ModelInferRequest, ModelInferResponse, ModelSequenceBatching, ModelTransactionPolicy,
         grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer},
+        infer_parameter::ParameterChoice,
         model_config::SchedulingChoice,
     },
+    parameters,
     reason::Reason,
 };
 use futures::{StreamExt, stream::BoxStream};
@@ -48,6 +53,10 @@ pub(crate) enum Seen {
     Step(u64),
     /// The answer to it has been handed to the connection.
     Answered(u64),
+    /// A request of a decoupled model has arrived; by its id.
+    Many(u64),
+    /// Response number so-and-so to it is next, from 0; by the request's id.
+    Response(u64, u64),
 }
 
 /// What the script makes of it.
@@ -84,6 +93,8 @@ struct Inner {
     seen: watch::Sender<Vec<Seen>>,
     /// Calls that ended before they were answered.
     cancelled: watch::Sender<usize>,
+    /// What bounds `count` of a decoupled request.
+    responses_max: AtomicU64,
 }
 
 impl Fake {
@@ -99,6 +110,7 @@ impl Fake {
             alive: CancellationToken::new(),
             seen: watch::Sender::new(Vec::new()),
             cancelled: watch::Sender::new(0),
+            responses_max: AtomicU64::new(u64::MAX),
         });
         let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let behind = server.local_addr().unwrap();
@@ -153,6 +165,11 @@ impl Fake {
         *lock(&self.inner.script) = Arc::new(script);
     }
 
+    /// Its decoupled model gives no more responses than this, whatever it is asked for.
+    pub(crate) fn answers_at_most(&self, count: u64) {
+        self.inner.responses_max.store(count, Ordering::SeqCst);
+    }
+
     async fn ask(&self, seen: Seen) -> Result<(), Wrong> {
         let script = Arc::clone(&lock(&self.inner.script));
         let todo = script(&seen);
@@ -201,6 +218,40 @@ impl Fake {
                 return Ok(());
             }
             self.ask(Seen::Answered(id)).await.map_err(Wrong::status)?;
+        }
+        Ok(())
+    }
+
+    /// As many responses as the request's parameter `count` says, and the end.
+    async fn run_many(
+        &self,
+        mut requests: Streaming<ModelInferRequest>,
+        answers: &mpsc::Sender<Result<inference::ModelStreamInferResponse, Status>>,
+    ) -> Result<(), Status> {
+        let Some(request) = requests.message().await? else { return Err(Status::internal("no request")) };
+        let number = |key: &str| match request.parameters.get(key).and_then(|value| value.parameter_choice.clone()) {
+            Some(ParameterChoice::Int64Param(number)) => u64::try_from(number).unwrap(),
+            other => panic!("{key} is {other:?}"),
+        };
+        let (id, count): (u64, u64) = (request.id.parse().unwrap(), number("count"));
+        let count = count.min(self.inner.responses_max.load(Ordering::SeqCst));
+        self.ask(Seen::Many(id)).await.map_err(Wrong::status)?;
+        for index in 0..=count {
+            let is_final = index == count;
+            if !is_final {
+                self.ask(Seen::Response(id, index)).await.map_err(Wrong::status)?;
+            }
+            let mut response = ModelInferResponse {
+                id: request.id.clone(),
+                model_name: request.model_name.clone(),
+                raw_output_contents: (!is_final).then(|| fold(id, index).to_le_bytes().to_vec().into()).into_iter().collect(),
+                ..Default::default()
+            };
+            response.parameters.insert(parameters::keys::FINAL.into(), parameters::bool_parameter(is_final));
+            let message = inference::ModelStreamInferResponse { error_message: String::new(), infer_response: Some(response) };
+            if answers.send(Ok(message)).await.is_err() {
+                return Ok(());
+            }
         }
         Ok(())
     }
@@ -311,9 +362,25 @@ macro_rules! inference_service {
 
             async fn model_stream_infer(
                 &self,
-                _: Request<Streaming<ModelInferRequest>>,
+                request: Request<Streaming<ModelInferRequest>>,
             ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
-                Err(Status::unimplemented("not asked of workers here"))
+                assert_eq!(request.metadata().get("triton_grpc_error").unwrap(), "true", "a reason is lost without it");
+                let (answers, outgoing) = mpsc::channel(1);
+                let fake = self.clone();
+                tokio::spawn(async move {
+                    let cancelled = Cancelled(&fake.inner.cancelled);
+                    tokio::select! {
+                        () = answers.closed() => {}
+                        ended = fake.run_many(request.into_inner(), &answers) => {
+                            std::mem::forget(cancelled);
+                            if let Err(status) = ended {
+                                // The router may have gone.
+                                let _ = answers.send(Err(status)).await;
+                            }
+                        }
+                    }
+                });
+                Ok(Response::new(ReceiverStream::new(outgoing).boxed()))
             }
 
             $(async fn $name(&self, _: Request<inference::$request>) -> Result<Response<inference::$response>, Status> {

@@ -1,10 +1,11 @@
 //! Predictions: one request, the requests of a sequence, and streams of both, each with failover.
 //!
 //! [`Router`] is the whole of it for a caller. `unary` sends single requests, `sequence` owns what a sequence needs to
-//! survive its worker, `sessions` finds it by its id, `stream` puts many requests on one stream in order, `failover` keeps
-//! count of what a request has tried.
+//! survive its worker, `sessions` finds it by its id, `many` runs a request that is answered any number of times, `stream` puts
+//! many requests on one stream, each answer in its place, `failover` keeps count of what a request has tried.
 mod call;
 mod failover;
+mod many;
 mod sequence;
 mod sessions;
 mod stream;
@@ -45,8 +46,19 @@ struct Inner {
     routes: watch::Receiver<Arc<RouteTable>>,
     settings: RouterSettings,
     workers: Workers,
+    /// Connections for what a caller may leave unread for long; see `ConnectionSettings::for_unread`.
+    unread: Workers,
     sessions: Sessions,
     started: Instant,
+}
+
+/// A request that is all that the router must know of it.
+struct Checked {
+    request: ModelInferRequest,
+    parameters: Parameters,
+    route: Arc<ModelRoute>,
+    version: Version,
+    deadline: Instant,
 }
 
 /// What a request is, once it is known whether it belongs to a sequence.
@@ -60,7 +72,8 @@ impl Router {
     /// A router over a table of routes that others keep fresh.
     pub fn new(routes: watch::Receiver<Arc<RouteTable>>, settings: RouterSettings) -> Self {
         let workers = Workers::new(settings.connection);
-        Self(Arc::new(Inner { routes, settings, workers, sessions: Sessions::new(), started: Instant::now() }))
+        let unread = Workers::new(settings.connection.for_unread());
+        Self(Arc::new(Inner { routes, settings, workers, unread, sessions: Sessions::new(), started: Instant::now() }))
     }
 
     /// The newest routes.
@@ -93,11 +106,12 @@ impl Router {
     /// # Errors
     /// What a client of Triton would see; see [`CallOptions::rich_status`].
     pub async fn infer(&self, request: ModelInferRequest, options: &CallOptions) -> Result<ModelInferResponse, Status> {
-        self.0.infer(request, options, true).await.map_err(|status| call::dress(status, options.rich_status))
+        self.0.infer(request, options).await.map_err(|status| call::dress(status, options.rich_status))
     }
 
     /// Runs requests as they come and yields their answers in the order of the requests. One that fails is answered by an
-    /// `error_message` in its place, and the stream goes on.
+    /// `error_message` in its place, and the stream goes on. Answers of decoupled models leave as they come, and so do those of
+    /// requests that say `cresset_unordered`, except that those of one sequence keep their order.
     pub fn stream<S>(
         &self,
         requests: S,
@@ -116,7 +130,8 @@ impl Router {
         options: &CallOptions,
     ) -> Result<oneshot::Receiver<Result<ModelInferResponse, Status>>, Status> {
         let deadline = self.0.deadline(options);
-        match self.0.begin(request, options, deadline, true).await? {
+        let checked = self.0.check(request, deadline, true).await?;
+        match self.0.begin(checked, options).await? {
             Work::Sequence(answer) => Ok(answer),
             Work::Single(request) => {
                 let text = format!("model '{}' has no sequences: its configuration lacks sequence_batching", request.model_name);
@@ -137,35 +152,21 @@ impl Inner {
         options.deadline.map_or(own, |deadline| deadline.min(own))
     }
 
-    async fn infer(
-        self: &Arc<Self>,
-        request: ModelInferRequest,
-        options: &CallOptions,
-        unary: bool,
-    ) -> Result<ModelInferResponse, Status> {
+    async fn infer(self: &Arc<Self>, request: ModelInferRequest, options: &CallOptions) -> Result<ModelInferResponse, Status> {
         let deadline = self.deadline(options);
-        match self.begin(request, options, deadline, unary).await? {
+        let checked = self.check(request, deadline, true).await?;
+        match self.begin(checked, options).await? {
             Work::Single(request) => unary::infer(self, request, options, deadline).await,
             Work::Sequence(answer) => received(answer).await,
         }
     }
 
-    /// Checks what the router must know of a request, in Triton's order, and enqueues it if it is part of a sequence.
-    async fn begin(
-        self: &Arc<Self>,
-        request: ModelInferRequest,
-        options: &CallOptions,
-        deadline: Instant,
-        unary: bool,
-    ) -> Result<Work, Status> {
+    /// Checks what the router must know of a request, in Triton's order.
+    async fn check(&self, request: ModelInferRequest, deadline: Instant, unary: bool) -> Result<Checked, Status> {
         let version = version_of(&request.model_version)?;
         let route = self.route(&request.model_name, version.clone(), deadline).await?;
-        if route.decoupled {
-            return Err(Reason::Unsupported.status(if unary {
-                "ModelInfer RPC doesn't support models with decoupled transaction policy".to_owned()
-            } else {
-                format!("model '{}' has a decoupled transaction policy, which isn't served yet", route.name)
-            }));
+        if route.decoupled && unary {
+            return Err(Reason::Unsupported.status("ModelInfer RPC doesn't support models with decoupled transaction policy"));
         }
         if route.shards > 1 {
             let text = format!("model '{}' has {} shards; models of several shards aren't served yet", route.name, route.shards);
@@ -173,6 +174,12 @@ impl Inner {
         }
         let parameters = Parameters::read(&request.parameters).map_err(|error| error.reason().status(error.to_string()))?;
         without_shared_memory(&request)?;
+        Ok(Checked { request, parameters, route, version, deadline })
+    }
+
+    /// Enqueues a request if it is part of a sequence.
+    async fn begin(self: &Arc<Self>, checked: Checked, options: &CallOptions) -> Result<Work, Status> {
+        let Checked { request, parameters, route, version, deadline } = checked;
         if !route.stateful {
             return Ok(Work::Single(request));
         }

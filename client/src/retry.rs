@@ -2,7 +2,8 @@
 //!
 //! Pure: what happened, how far the request was and what is left of its budgets come in as values; a verdict goes out. A
 //! prediction may be run twice (it has no effect but its answer), so a request that was sent may move as long as nothing of
-//! its answer was delivered. A sequence may always move: its journal knows what was delivered. What is absent here:
+//! its answer was delivered. A sequence may always move: its journal knows what was delivered. So may a request of a decoupled
+//! model: the responses that were delivered are counted, and are left out when it runs again. What is absent here:
 //! hedging, and any notion of a replica's health (see `balance`).
 use cresset_proto::reason::Reason;
 use tonic::{Code, ConnectError, Status};
@@ -67,6 +68,8 @@ pub enum Kind {
     Unary,
     /// The stream of a sequence, with a journal behind it.
     Sequence,
+    /// One request with any number of answers, of which those that were delivered are counted.
+    Decoupled,
 }
 
 /// What was spent on this request so far, and what may be.
@@ -157,7 +160,7 @@ fn class_of_reason(reason: Reason, kind: Kind) -> Class {
         Reason::QueueFull | Reason::SequencesFull | Reason::OutOfMemory => Class::Overloaded,
         Reason::Suspect | Reason::Internal => Class::Suspect,
         Reason::SequenceNotStarted | Reason::BadCheckpoint => match kind {
-            Kind::Unary => Class::Final,
+            Kind::Unary | Kind::Decoupled => Class::Final,
             // The journal can open it anew anywhere.
             Kind::Sequence => Class::Suspect,
         },
@@ -179,7 +182,7 @@ fn class_of_code(code: Code, kind: Kind) -> Class {
         // tonic's answer for a stream that ended without a status, or that its server dropped.
         Code::Unknown | Code::Cancelled => Class::Suspect,
         Code::Ok | Code::Internal | Code::DataLoss => match kind {
-            Kind::Unary => Class::Final,
+            Kind::Unary | Kind::Decoupled => Class::Final,
             // The stream of a sequence has no business ending like that while requests are open.
             Kind::Sequence => Class::Suspect,
         },
@@ -191,7 +194,7 @@ fn class_of_code(code: Code, kind: Kind) -> Class {
 /// Decides what becomes of a request, or of a sequence's stream, after `failure`.
 pub fn decide(failure: Failure, point: Point, kind: Kind, budget: &Budget) -> Verdict {
     let movable = match (kind, point) {
-        (_, Point::NotSent) | (_, Point::Sent) | (Kind::Sequence, Point::PartlyDelivered) => true,
+        (_, Point::NotSent) | (_, Point::Sent) | (Kind::Sequence | Kind::Decoupled, Point::PartlyDelivered) => true,
         (Kind::Unary, Point::PartlyDelivered) => false,
     };
     if !movable {
@@ -246,7 +249,7 @@ mod tests {
     #[test]
     fn what_is_wrong_with_the_request_never_moves() {
         for reason in [Reason::InvalidArgument, Reason::ModelFailed, Reason::QueueTimeout, Reason::DeadlineExceeded] {
-            for kind in [Kind::Unary, Kind::Sequence] {
+            for kind in [Kind::Unary, Kind::Sequence, Kind::Decoupled] {
                 assert_eq!(decide(Failure::Refused(reason), Point::Sent, kind, &AMPLE), Verdict::GiveUp, "{reason}");
             }
         }
@@ -285,10 +288,12 @@ mod tests {
     }
 
     #[test]
-    fn a_sequence_survives_what_a_unary_call_does_not() {
+    fn sequences_and_decoupled_requests_survive_what_a_unary_call_does_not() {
         let verdict = |kind| decide(Failure::Broken, Point::PartlyDelivered, kind, &AMPLE);
         assert_eq!(verdict(Kind::Unary), Verdict::GiveUp);
-        assert_eq!(verdict(Kind::Sequence), Verdict::Move { after_ms: 0, pays: Pays::Move });
+        for kind in [Kind::Sequence, Kind::Decoupled] {
+            assert_eq!(verdict(kind), Verdict::Move { after_ms: 0, pays: Pays::Move }, "{kind:?}");
+        }
     }
 
     #[test]
@@ -304,11 +309,11 @@ mod tests {
     proptest! {
         #[test]
         fn pauses_fit_the_deadline_and_a_past_deadline_ends_it(
-            which in 0_usize..64, sequence: bool, failures in 0_u32..100, others: bool, now_ms in 0_u64..5_000,
+            which in 0_usize..64, kind in 0_usize..3, failures in 0_u32..100, others: bool, now_ms in 0_u64..5_000,
         ) {
             let failures_all = every_failure();
             let failure = failures_all[which % failures_all.len()];
-            let kind = if sequence { Kind::Sequence } else { Kind::Unary };
+            let kind = [Kind::Unary, Kind::Sequence, Kind::Decoupled][kind];
             let budget = Budget { failures, others, now_ms, ..AMPLE };
             match decide(failure, failure.point(), kind, &budget) {
                 Verdict::GiveUp => {}

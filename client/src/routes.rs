@@ -12,6 +12,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use cresset_proto::{
@@ -26,6 +27,11 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use crate::{
+    balance::{self, SHARE_MIN},
+    latency::{Recent, SLOWNESS_MAX},
+};
+
 /// One life of a worker, as a router sees it. Shared by all models that it serves.
 #[derive(Debug)]
 pub struct Replica {
@@ -35,7 +41,15 @@ pub struct Replica {
     pub incarnation: u64,
     /// `host:port` of its gRPC service.
     pub address: String,
+    /// What it shares its fate with; empty for unknown.
+    pub zone: String,
+    /// Its number in [`balance`].
+    pub(crate) id: u64,
     in_flight: AtomicU32,
+    /// A [`Recent`]: how long its answers take, as a multiple of what is usual for their models.
+    slowness: AtomicU64,
+    /// On the router's clock, when it was first thought of; 0 before.
+    first_seen_ms: AtomicU64,
     /// On the router's clock; 0 when nothing is held against it.
     failing_until_ms: AtomicU64,
     gone: CancellationToken,
@@ -44,14 +58,51 @@ pub struct Replica {
 impl Replica {
     /// A worker's life that nothing is known of yet.
     pub fn new(worker_id: impl Into<String>, incarnation: u64, address: impl Into<String>) -> Self {
+        let worker_id = worker_id.into();
         Self {
-            worker_id: worker_id.into(),
+            id: balance::id_of(&worker_id),
+            worker_id,
             incarnation,
             address: address.into(),
+            zone: String::new(),
             in_flight: AtomicU32::new(0),
+            slowness: AtomicU64::new(Recent::default().to_bits()),
+            first_seen_ms: AtomicU64::new(0),
             failing_until_ms: AtomicU64::new(0),
             gone: CancellationToken::new(),
         }
+    }
+
+    /// The same worker in a zone.
+    #[must_use]
+    pub fn in_zone(self, zone: impl Into<String>) -> Self {
+        Self { zone: zone.into(), ..self }
+    }
+
+    /// Takes note of an answer to a request of `route` that took so long.
+    pub(crate) fn note_answer(&self, route: &ModelRoute, took: Duration, now_ms: u64) {
+        self.note_success();
+        let took_us = took.as_secs_f32() * 1e6;
+        let usual_us = change(&route.usual_us, |usual| usual.mean(took_us, now_ms)).value().max(1.0);
+        let slowness = (took_us / usual_us).min(SLOWNESS_MAX);
+        change(&self.slowness, |recent| recent.peak(slowness, now_ms));
+    }
+
+    /// How slow it is now, as a multiple of the usual.
+    pub(crate) fn slowness(&self, now_ms: u64) -> f32 {
+        Recent::from_bits(self.slowness.load(Ordering::Relaxed)).faded(1.0, now_ms)
+    }
+
+    /// What part of its due it may get: it grows to 1 during `slow_start` after it was first thought of.
+    pub(crate) fn share(&self, slow_start: Duration, now_ms: u64) -> f32 {
+        let mut first_ms = self.first_seen_ms.load(Ordering::Relaxed);
+        if first_ms == 0 {
+            first_ms = now_ms.max(1);
+            // Whoever is first is right: they all mean now.
+            let _ = self.first_seen_ms.compare_exchange(0, first_ms, Ordering::Relaxed, Ordering::Relaxed);
+        }
+        let age_ms = now_ms.saturating_sub(first_ms) as f32;
+        (age_ms / (slow_start.as_secs_f32() * 1e3).max(1.0)).clamp(SHARE_MIN, 1.0)
     }
 
     /// Requests that this router has there, over all models.
@@ -92,7 +143,22 @@ impl Replica {
     }
 
     fn is(&self, route: &WorkerRoute) -> bool {
-        self.worker_id == route.worker_id && self.incarnation == route.incarnation && self.address == route.grpc_address
+        self.worker_id == route.worker_id
+            && self.incarnation == route.incarnation
+            && self.address == route.grpc_address
+            && self.zone == route.zone
+    }
+}
+
+/// Changes a shared [`Recent`] and returns what it is now.
+fn change(shared: &AtomicU64, next: impl Fn(Recent) -> Recent) -> Recent {
+    let mut bits = shared.load(Ordering::Relaxed);
+    loop {
+        let newer = next(Recent::from_bits(bits));
+        match shared.compare_exchange_weak(bits, newer.to_bits(), Ordering::Relaxed, Ordering::Relaxed) {
+            Ok(_) => return newer,
+            Err(meanwhile) => bits = meanwhile,
+        }
     }
 }
 
@@ -125,6 +191,8 @@ pub struct ModelRoute {
     pub shards: u32,
     /// Ready replicas; of the first shard where there are several.
     pub replicas: Vec<Arc<Replica>>,
+    /// A [`Recent`]: how long an answer takes, in µs, wherever it comes from. Shared by all tables of a deployment.
+    usual_us: Arc<AtomicU64>,
 }
 
 impl ModelRoute {
@@ -233,7 +301,7 @@ impl RouteTable {
         for route in &response.workers {
             let replica = match previous.workers.get(&route.worker_id) {
                 Some(known) if known.is(route) && !known.is_gone() => Arc::clone(known),
-                _ => Arc::new(Replica::new(&*route.worker_id, route.incarnation, &*route.grpc_address)),
+                _ => Arc::new(Replica::new(&*route.worker_id, route.incarnation, &*route.grpc_address).in_zone(&*route.zone)),
             };
             workers.insert(route.worker_id.clone(), replica);
         }
@@ -349,10 +417,11 @@ fn model_route(
     workers: &BTreeMap<String, Arc<Replica>>,
     known: Option<&Arc<ModelRoute>>,
 ) -> Result<ModelRoute, RouteError> {
+    let known = known.filter(|known| known.generation == wire.generation);
     let config = match known {
         // A deployment's configuration never changes, and tables do often.
-        Some(known) if known.generation == wire.generation => Arc::clone(&known.config),
-        _ => Arc::new(ModelConfig::decode(wire.config.clone()).map_err(|error| RouteError::Config {
+        Some(known) => Arc::clone(&known.config),
+        None => Arc::new(ModelConfig::decode(wire.config.clone()).map_err(|error| RouteError::Config {
             model: wire.model.clone(),
             version: wire.version,
             cause: error.to_string(),
@@ -368,6 +437,7 @@ fn model_route(
         decoupled: model_config::is_decoupled(&config),
         config,
         shards: u32::try_from(wire.shards.len()).unwrap_or(u32::MAX),
+        usual_us: known.map_or_else(Arc::default, |known| Arc::clone(&known.usual_us)),
         replicas: ids.iter().filter_map(|id| workers.get(id)).cloned().collect(),
     })
 }
@@ -465,6 +535,27 @@ mod tests {
         let table = receiver.borrow().clone();
         assert_eq!(table.epoch(), 5);
         assert!(!table.workers().next().unwrap().is_gone());
+    }
+
+    #[test]
+    fn slowness_is_measured_against_what_is_usual_for_the_model() {
+        let table = table(&response(1, vec![worker("w1", 1), worker("w2", 1)], vec![model(1, &["w1", "w2"])]));
+        let route = table.model("m", Version::Highest).unwrap();
+        let (fast, slow) = (&route.replicas[0], &route.replicas[1]);
+        for now_ms in (0..20_000).step_by(10) {
+            fast.note_answer(route, Duration::from_millis(1), now_ms);
+            slow.note_answer(route, Duration::from_millis(5), now_ms);
+        }
+        let (fast_now, slow_now) = (fast.slowness(20_000), slow.slowness(20_000));
+        assert!(fast_now < 0.8 && slow_now > 1.5 && slow_now / fast_now > 3.0, "{fast_now} {slow_now}");
+        assert!((slow.slowness(60_000) - 1.0).abs() < 0.01, "without news it is like any other");
+    }
+
+    #[test]
+    fn a_new_replica_gets_its_due_by_and_by() {
+        let (replica, start) = (Replica::new("w1", 1, "x:1"), Duration::from_secs(10));
+        let shares = [50_000, 52_500, 57_500, 60_000, 90_000].map(|now_ms| replica.share(start, now_ms));
+        assert_eq!(shares, [0.1, 0.25, 0.75, 1.0, 1.0]);
     }
 
     #[test]

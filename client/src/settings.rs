@@ -4,11 +4,15 @@ use std::time::Duration;
 use crate::{journal::Limits, workers::ConnectionSettings};
 
 /// How a router behaves. The defaults suit a cluster in one data centre.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouterSettings {
     /// Connections to workers.
     pub connection: ConnectionSettings,
-    /// How long a request without a deadline of its own may take.
+    /// The failure zone that the router is in, whose workers it prefers; empty for none.
+    pub zone: String,
+    /// How long it takes until a replica that has just come gets its full share of requests.
+    pub slow_start: Duration,
+    /// How long a request without a deadline of its own may take; of a decoupled model: how long it may be silent.
     pub request_timeout: Duration,
     /// How long a unary request waits for a replica when none can take it.
     pub route_wait: Duration,
@@ -38,6 +42,8 @@ impl Default for RouterSettings {
     fn default() -> Self {
         Self {
             connection: ConnectionSettings::default(),
+            zone: String::new(),
+            slow_start: Duration::from_secs(5),
             request_timeout: Duration::from_secs(60),
             route_wait: Duration::from_secs(5),
             failing_for: Duration::from_secs(1),

@@ -12,6 +12,9 @@ use tonic::{
 
 use crate::{retry::Failure, routes::Replica};
 
+/// What may lie unread of a stream whose reader takes its time, in bytes.
+const UNREAD_WINDOW_BYTES: u32 = 256 << 10;
+
 /// How connections behave, to workers and to coordinators alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConnectionSettings {
@@ -43,6 +46,12 @@ impl Default for ConnectionSettings {
 }
 
 impl ConnectionSettings {
+    /// For streams whose reader may leave them alone for long. The window is small: it is what such a stream may keep in memory,
+    /// and the HTTP/2 library ends a connection on which small messages pile up, whoever else uses it.
+    pub(crate) fn for_unread(self) -> Self {
+        Self { stream_window_bytes: self.stream_window_bytes.min(UNREAD_WINDOW_BYTES), ..self }
+    }
+
     /// A channel to `host:port` that connects when it is first used.
     ///
     /// # Errors

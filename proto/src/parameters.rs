@@ -45,6 +45,8 @@ pub struct Parameters {
     pub timeout_us: u64,
     /// `triton_enable_empty_final_response`.
     pub empty_final_response: bool,
+    /// `cresset_unordered`.
+    pub unordered: bool,
 }
 
 /// A parameter that isn't what its key demands.
@@ -93,6 +95,7 @@ impl Parameters {
                 keys::PRIORITY => read.priority = unsigned(key, value)?,
                 keys::TIMEOUT => read.timeout_us = unsigned(key, value)?,
                 keys::EMPTY_FINAL => read.empty_final_response = boolean(key, value)?,
+                keys::UNORDERED => read.unordered = boolean(key, value)?,
                 other if other.starts_with("triton_") => return Err(ParameterError::Reserved(other.chars().take(80).collect())),
                 _ => {}
             }

@@ -13,7 +13,7 @@ const FORWARDED: [&str; 3] = ["traceparent", "tracestate", "baggage"];
 /// Asks for statuses richer than Triton's.
 const RICH_STATUS: &str = "cresset-rich-status";
 /// Triton's key: the first error of a stream ends it with its real status.
-const STREAM_ERRORS: &str = "triton_grpc_error";
+pub(super) const STREAM_ERRORS: &str = "triton_grpc_error";
 
 /// What a caller says of a call beside the request itself.
 #[derive(Debug, Clone, Default)]

@@ -35,7 +35,7 @@ impl Failover {
         self.failures = 0;
         self.overloads_left = router.settings.overloads_max;
         self.moves_left = match self.kind {
-            Kind::Unary => router.settings.moves_max,
+            Kind::Unary | Kind::Decoupled => router.settings.moves_max,
             Kind::Sequence => router.settings.sequence_moves_max,
         };
     }
@@ -47,8 +47,13 @@ impl Failover {
 
     fn candidates(&self, router: &Inner, route: &ModelRoute) -> Vec<Candidate> {
         let now_ms = router.now_ms();
+        let settings = &router.settings;
         let candidate = |replica: &Arc<Replica>| Candidate {
+            id: replica.id,
             in_flight: replica.in_flight(),
+            slowness: replica.slowness(now_ms),
+            share: replica.share(settings.slow_start, now_ms),
+            far: !settings.zone.is_empty() && !replica.zone.is_empty() && replica.zone != settings.zone,
             tried: replica.is_gone() || self.tried.iter().any(|tried| Arc::ptr_eq(tried, replica)),
             failing: replica.is_failing(now_ms),
         };
@@ -58,6 +63,12 @@ impl Failover {
     /// The best replica that wasn't tried.
     pub(super) fn pick(&self, router: &Inner, route: &ModelRoute) -> Option<Arc<Replica>> {
         let index = balance::pick(&self.candidates(router, route), rand::random())?;
+        route.replicas.get(index).cloned()
+    }
+
+    /// The replica that hasn't been tried where a sequence belongs.
+    pub(super) fn place(&self, router: &Inner, route: &ModelRoute, key: u64) -> Option<Arc<Replica>> {
+        let index = balance::place(&self.candidates(router, route), key)?;
         route.replicas.get(index).cloned()
     }
 

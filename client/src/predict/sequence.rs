@@ -33,6 +33,7 @@ use super::{
     sessions::{Ask, Key, Reply},
 };
 use crate::{
+    balance,
     journal::{Accept, Journal, Lane, Outcome},
     retry::{Kind, PAUSE_MS_MAX, Pays, Verdict},
     routes::{InFlight, ModelRoute, Replica, RouteTable, Version},
@@ -256,7 +257,8 @@ impl Session {
             );
             return self.end(&Reason::SequenceNotStarted.status(text));
         }
-        let Some(replica) = self.failover.pick(&self.router, route) else {
+        let place = balance::id_of(&format!("{}/{}", self.key.model, self.key.sequence));
+        let Some(replica) = self.failover.place(&self.router, route, place) else {
             // Newer routes or the callers' deadlines end this; or time, if there is somebody to try again.
             if !route.replicas.is_empty() {
                 self.resume_at = Some(Instant::now() + Duration::from_millis(PAUSE_MS_MAX));

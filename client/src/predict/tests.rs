@@ -1,4 +1,5 @@
 //! The router against workers that die, refuse and lie, over real connections.
+mod many;
 mod sequences;
 mod streams;
 mod unary;
@@ -48,6 +49,19 @@ fn step(sequence: i64, id: u64) -> ModelInferRequest {
     let mut request = ModelInferRequest { model_name: "seq".into(), id: id.to_string(), ..Default::default() };
     let keys = [("sequence_id", parameters::int64_parameter(sequence)), ("sequence_start", parameters::bool_parameter(id == 1))];
     request.parameters.extend(keys.map(|(key, value)| (key.to_owned(), value)));
+    request
+}
+
+/// Request `id` of the decoupled model, to be answered `count` times.
+fn many(id: u64, count: i64) -> ModelInferRequest {
+    let mut request = ModelInferRequest { model_name: "many".into(), id: id.to_string(), ..Default::default() };
+    request.parameters.insert("count".into(), parameters::int64_parameter(count));
+    request
+}
+
+/// The same request, whose answer may overtake others.
+fn unordered(mut request: ModelInferRequest) -> ModelInferRequest {
+    request.parameters.insert("cresset_unordered".into(), parameters::bool_parameter(true));
     request
 }
 

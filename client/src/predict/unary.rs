@@ -45,10 +45,11 @@ pub(super) async fn infer(
                 let span = tracing::debug_span!("attempt", %model, worker = %replica.worker_id, epoch = table.epoch());
                 let mut request = request.clone();
                 route.address(&version, &mut request);
+                let began = Instant::now();
                 let attempt = once(router, &replica, request, options, deadline);
                 let status = match attempt.instrument(span).await {
                     Ok(response) => {
-                        replica.note_success();
+                        replica.note_answer(route, began.elapsed(), router.now_ms());
                         return Ok(response);
                     }
                     Err(status) => status,

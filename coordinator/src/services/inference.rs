@@ -120,7 +120,7 @@ fn wanted(request: RepositoryModelLoadRequest) -> Result<Wanted, Status> {
                 wanted.files.entry(version).or_default().insert(name.to_owned(), bytes);
             }
             (file, _) if file.starts_with("file:") => return refuse(format!("parameter '{key}' must be bytes")),
-            _ => return Err(Reason::Unsupported.status(format!("the parameter '{key}' of RepositoryModelLoad is not supported"))),
+            _ => return refuse(format!("unrecognized load parameter '{key}'.")),
         }
     }
     Ok(wanted)

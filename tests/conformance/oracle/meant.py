@@ -102,13 +102,14 @@ DIFFERENCES = [
         at=COORDINATOR,
         triton=...,
     ),
+    Allowed(
+        "repository / config that is no JSON",
+        words("INVALID_ARGUMENT: parameter 'config' of model 'spare' is no ModelConfig"),
+        "the mistake is the caller's, and the place of it is said",
+        at=COORDINATOR,
+        triton=...,
+    ),
     Allowed("repository / misspelt / 0 / reason", words("misspelt/config.pbtxt:2:11"), "the index says what is wrong", triton=ABSENT, at=COORDINATOR),
     Allowed("repository / unloaded / 0 / *", ABSENT, "a model that isn't deployed is what it was before: there to be loaded", at=COORDINATOR),
     Allowed("repository / unloaded, *", words("NOT_FOUND: Request for unknown model: 'spare' is not found"), "a model that isn't deployed is unknown", triton=..., at=COORDINATOR),
-    Allowed("repository / unknown parameter of a load", words("UNIMPLEMENTED: the parameter 'nope'"), "no parameter of a load is served", triton=..., at=COORDINATOR),
-    Allowed("repository / config that is no JSON", words("UNIMPLEMENTED: the parameter 'config'"), "no parameter of a load is served", triton=..., at=COORDINATOR),
-    # Decoupled models by way of a coordinator.
-    Allowed("decoupled / none / responses", ..., "not served by way of a coordinator", at=COORDINATOR),
-    Allowed("decoupled / * / responses / *", words("decoupled transaction policy"), "not served by way of a coordinator", at=COORDINATOR, triton=...),
-    Allowed("decoupled / three* / responses / *", ABSENT, "not served by way of a coordinator", at=COORDINATOR),
 ]

@@ -1,4 +1,6 @@
 //! `make simulate` and `make simulate-mutants`: the control plane in virtual time, for as many seeds as are wanted.
+#![forbid(unsafe_code)]
+
 use clap::Parser;
 use cresset_tests::simulation::{Mutant, Profile, Scenario, campaign, run};
 use serde_json::{Map, json};

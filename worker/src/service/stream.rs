@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cresset_proto::{
     ids::SequenceId,
-    inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice},
+    inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse},
     parameters::{Parameters, bool_parameter, keys},
 };
 use cresset_runtime::telemetry::continue_trace;
@@ -111,14 +111,13 @@ impl Lanes {
         let span = self.worker.span(&request);
         continue_trace(&span, &self.metadata);
         let echo = ModelInferResponse { id: request.id.clone(), model_name: request.model_name.clone(), ..Default::default() };
-        let unordered = is_unordered(&request);
         let parameters = Parameters::read(&request.parameters).unwrap_or_default();
         let strict = self.strict;
         // The deadline is the stream's and ends it as a whole; dropping a request takes it out of its line.
         match self.worker.begin_any(request, None, span) {
             Begun::One(answer) => {
                 let item = async move { item(answer.await, true, echo, strict) }.boxed();
-                match (unordered, parameters.sequence_id) {
+                match (parameters.unordered, parameters.sequence_id) {
                     (false, _) => self.in_order.push_back(item),
                     (true, None) => self.any_order.push(item),
                     (true, Some(id)) => self.enter_sequence(id, item),
@@ -141,11 +140,6 @@ impl Lanes {
             self.sequences.insert(id, FuturesOrdered::from_iter([item]));
         }
     }
-}
-
-fn is_unordered(request: &ModelInferRequest) -> bool {
-    let value = request.parameters.get(keys::UNORDERED).and_then(|value| value.parameter_choice.as_ref());
-    matches!(value, Some(ParameterChoice::BoolParam(true)))
 }
 
 fn item(answer: Result<ModelInferResponse, PredictError>, is_last: bool, echo: ModelInferResponse, strict: bool) -> Item {

@@ -66,7 +66,7 @@ async fn dies_everywhere(window: usize) {
             let dies = move |seen: &Seen| match seen {
                 Seen::Step(id) => !answered && *id == at,
                 Seen::Answered(id) => answered && *id == at,
-                Seen::Infer(_) | Seen::Open(_) => false,
+                Seen::Infer(_) | Seen::Open(_) | Seen::Many(_) | Seen::Response(..) => false,
             };
             let first = mortal("w1", dies).await;
             let second = Fake::start("w2").await;
@@ -257,7 +257,7 @@ async fn a_full_journal_waits_for_its_checkpoint() {
     let mut settings = RouterSettings::default();
     settings.journal.bytes_max = 3 * prost::Message::encoded_len(&step(7, 1));
     settings.journal.checkpoint_requests = 2;
-    let world = World::with(&[&worker], IDLE_US, settings);
+    let world = World::with(&[&worker], IDLE_US, settings.clone());
     assert_eq!(run(&world.router, 7, 40, 10).await, expected(40));
 
     // A worker that gives no checkpoints: the sequence says so rather than promise what it can't keep.

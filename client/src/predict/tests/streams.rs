@@ -169,3 +169,74 @@ async fn a_stream_with_a_reason_in_its_error_keeps_the_models_text() {
     let answers: Vec<_> = all(&world.router, vec![plain(1)]).collect().await;
     assert_eq!(answers[0].as_ref().unwrap().error_message, "w1 refuses");
 }
+
+#[tokio::test]
+async fn who_opts_in_is_not_held_up_by_others() {
+    let gate = Arc::new(Semaphore::new(0));
+    let closed = Arc::clone(&gate);
+    let worker = Fake::scripted("w1", move |seen| match seen {
+        Seen::Infer(request) if request.id == "1" => Do::WaitFor(Arc::clone(&closed)),
+        Seen::Step(10) => Do::WaitFor(Arc::clone(&closed)),
+        _ => Do::Go,
+    })
+    .await;
+    let world = World::new(&[&worker]);
+    let named = |id: &str, request: ModelInferRequest| ModelInferRequest { id: id.into(), ..request };
+    let requests = vec![
+        plain(1),
+        unordered(plain(2)),
+        unordered(named("10", step(7, 1))),
+        unordered(step(7, 11)),
+        unordered(named("5", step(8, 1))),
+        unordered(step(8, 3)),
+        plain(4),
+    ];
+    let mut answers = Box::pin(all(&world.router, requests));
+    let mut before = Vec::new();
+    for _ in 0..3 {
+        before.push(id(&answers.next().await.unwrap()));
+    }
+    before.sort();
+    assert_eq!(before, ["2", "3", "5"], "what waits for nobody comes first: request 2, and sequence 8 (5, 3)");
+    gate.add_permits(2);
+    let rest: Vec<_> = answers.map(|answer| id(&answer)).collect().await;
+    let place = |id: &str| rest.iter().position(|other| other == id).unwrap();
+    assert!(place("1") < place("4"), "{rest:?}");
+    assert!(place("10") < place("11"), "a sequence keeps its order: {rest:?}");
+}
+
+/// One sequence that fills its inbox, and another that must not notice.
+#[tokio::test]
+async fn a_sequence_that_is_full_holds_up_no_other_that_opts_in() {
+    let gate = Arc::new(Semaphore::new(0));
+    let closed = Arc::clone(&gate);
+    let worker = Fake::scripted("w1", move |seen| match seen {
+        Seen::Step(1) => Do::WaitFor(Arc::clone(&closed)),
+        _ => Do::Go,
+    })
+    .await;
+    let settings = RouterSettings { session_requests_max: 2, ..RouterSettings::default() };
+    let world = World::with(&[&worker], IDLE_US, settings);
+    let mut requests: Vec<_> = (1..=5).map(|id| unordered(step(7, id))).collect();
+    requests.push(unordered(ModelInferRequest { id: "50".into(), ..step(8, 1) }));
+    let mut answers = Box::pin(all(&world.router, requests));
+    assert_eq!(id(&answers.next().await.unwrap()), "50");
+    gate.add_permits(1);
+    let rest: Vec<_> = answers.map(|answer| id(&answer)).collect().await;
+    assert_eq!(rest, ["1", "2", "3", "4", "5"]);
+}
+
+/// A sequence whose requests say now this and now that: its order comes first.
+#[tokio::test]
+async fn a_sequence_keeps_its_order_though_only_some_of_its_requests_opt_in() {
+    let worker = Fake::start("w1").await;
+    let world = World::new(&[&worker]);
+    let mixed: Vec<_> = (1..=40).map(|id| if id % 3 == 0 { unordered(step(7, id)) } else { step(7, id) }).collect();
+    let answers: Vec<_> = all(&world.router, mixed).collect().await;
+    let mut state = 0;
+    for (number_of, answer) in (1..=40).zip(&answers) {
+        assert_eq!(id(answer), number_of.to_string());
+        state = fold(state, number_of);
+        assert_eq!(number(answer.as_ref().unwrap().infer_response.as_ref().unwrap()), state);
+    }
+}

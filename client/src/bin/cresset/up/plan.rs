@@ -309,7 +309,7 @@ mod tests {
             words(&worker),
             format!(
                 "--id w1 --grpc 127.0.0.1:8021 --http 127.0.0.1:8022 --model-repository models --exit-with-parent {pid} \
-                 --coordinators 127.0.0.1:8003,127.0.0.1:8013 --device cpu --zone local --intra-op-threads {}",
+                 --coordinators 127.0.0.1:8003,127.0.0.1:8013 --cache-dir data/w1/files --device cpu --zone local --intra-op-threads {}",
                 layout.threads_per_worker()
             )
         );
