@@ -181,7 +181,7 @@ impl Contract {
 
     fn execution_max_is_right(&self) -> Result<(), ContractError> {
         match self.parameters.get(EXECUTION_MAX) {
-            Some(text) if !self.execution_max_ms().is_some_and(|limit_ms| limit_ms <= EXECUTION_MS_MAX) => {
+            Some(text) if self.execution_max_ms().is_none_or(|limit_ms| limit_ms > EXECUTION_MS_MAX) => {
                 refuse(format!("parameter '{EXECUTION_MAX}' is '{text}', it must be from 0 (no limit) to {EXECUTION_MS_MAX}"))
             }
             _ => Ok(()),

@@ -50,10 +50,18 @@ where
 
 /// A request in a line.
 enum Entry {
-    /// With what its answer carries in any case.
-    Request(Box<Result<Checked, Status>>, ModelInferResponse, Option<Key>),
+    /// Its turn has come.
+    Request(Box<Turn>),
     /// The caller's side of the stream broke: the end, after what was taken before.
     Broken(Status),
+}
+
+struct Turn {
+    checked: Result<Checked, Status>,
+    /// What its answer carries in any case.
+    echo: ModelInferResponse,
+    /// Its sequence, if it has a line of its own.
+    key: Option<Key>,
 }
 
 /// What leaves a line.
@@ -142,14 +150,14 @@ impl Lines {
         };
         if unordered && key.is_none() {
             let (router, options) = (Arc::clone(&self.router), Arc::clone(&self.options));
-            let entry = Entry::Request(Box::new(checked), echo, None);
+            let entry = Entry::Request(Box::new(Turn { checked, echo, key: None }));
             return self.answers.push(stream::once(async move { begin(router, options, entry).await.await }).boxed());
         }
         let sender = match &key {
             Some(key) => self.join(key, unordered),
             None => self.in_order.clone(),
         };
-        send(&sender, Entry::Request(Box::new(checked), echo, key));
+        send(&sender, Entry::Request(Box::new(Turn { checked, echo, key })));
     }
 
     /// The line of a sequence that has one more request.
@@ -218,7 +226,10 @@ fn send(line: &mpsc::Sender<Entry>, entry: Entry) {
 /// Begins a request and returns what will be its answer.
 async fn begin(router: Arc<Inner>, options: Arc<CallOptions>, entry: Entry) -> BoxFuture<'static, Left> {
     let (checked, echo, key) = match entry {
-        Entry::Request(checked, echo, key) => (*checked, echo, key),
+        Entry::Request(turn) => {
+            let Turn { checked, echo, key } = *turn;
+            (checked, echo, key)
+        }
         Entry::Broken(status) => {
             return std::future::ready(Left { answer: Some(Err(status)), is_last: true, key: None }).boxed();
         }
