@@ -6,6 +6,7 @@ mod bench;
 mod commands;
 mod conformance;
 mod datapath;
+mod decoupled;
 mod failover;
 mod health;
 mod house;
