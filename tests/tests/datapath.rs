@@ -3,6 +3,7 @@
 //! The device is a real thread with real libtorch. Where an order matters, the test's runtime has one thread: requests that
 //! are joined enter the queue before anything is cut from it.
 mod features;
+mod overload;
 
 use std::{
     sync::Arc,
@@ -24,7 +25,7 @@ use cresset_proto::{
 use cresset_tests::harness::{ModelRepository, fp32_model};
 use cresset_worker::{
     engine::{
-        Device, TorchEngine,
+        Device, Engine, TorchEngine,
         device::DeviceThread,
         testing::{self, Script},
     },
@@ -55,9 +56,13 @@ struct Bench {
 
 impl Bench {
     async fn serving(models: ModelRepository, names: &[&str], bounds: Bounds) -> Self {
+        Self::on(Arc::new(TorchEngine), models, names, bounds).await
+    }
+
+    async fn on(engine: Arc<dyn Engine>, models: ModelRepository, names: &[&str], bounds: Bounds) -> Self {
         let store = Repository::new(models.path());
         let device = DeviceThread::spawn(Device::Cpu).unwrap();
-        let served = Models::new(store.clone(), Arc::new(TorchEngine), vec![device], bounds);
+        let served = Models::new(store.clone(), engine, vec![device], bounds);
         let worker = Worker::new("w1".parse().unwrap(), 1, served);
         let mut bench = Self { worker, store, epoch: 0, _models: models };
         bench.assign(names);

@@ -41,6 +41,29 @@ pub struct Bounds {
     pub bytes_max: usize,
 }
 
+/// How fast a line moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    /// What a batch takes, in µs.
+    pub batch_us: u64,
+    /// Rows of a full batch.
+    pub rows_max: usize,
+    /// Batches that run side by side.
+    pub instances: u64,
+}
+
+impl Pace {
+    /// What batches take is smoothed. A shorter one counts for more: one that was slow for a reason of its own must not turn
+    /// requests away for long.
+    pub fn smoothed_us(before_us: u64, took_us: u64) -> u64 {
+        match before_us {
+            0 => took_us,
+            _ if took_us < before_us => before_us.midpoint(took_us),
+            _ => before_us - before_us / 8 + took_us / 8,
+        }
+    }
+}
+
 /// The line is full; the request was not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Full {
@@ -88,6 +111,8 @@ struct Level<T> {
     fresh: VecDeque<(Waiting, T)>,
     /// Those that have waited too long and were moved behind.
     delayed: VecDeque<(Waiting, T)>,
+    /// Rows of all of them.
+    rows: usize,
 }
 
 impl<T> Default for Line<T> {
@@ -98,7 +123,7 @@ impl<T> Default for Line<T> {
 
 impl<T> Default for Level<T> {
     fn default() -> Self {
-        Self { fresh: VecDeque::new(), delayed: VecDeque::new() }
+        Self { fresh: VecDeque::new(), delayed: VecDeque::new(), rows: 0 }
     }
 }
 
@@ -138,12 +163,25 @@ impl<T> Line<T> {
             return Err((Full::Requests(policy.requests_max), payload));
         }
         level.fresh.push_back((waiting, payload));
+        level.rows += waiting.rows;
         self.requests += 1;
         self.bytes += waiting.bytes;
         for at in [waiting.times_out_us, waiting.deadline_us].into_iter().flatten() {
             self.quiet_until_us = self.quiet_until_us.min(at);
         }
         Ok(())
+    }
+
+    /// About how long a request of `rows` rows at `level` would take from now to its answer, in µs, at this pace. What is
+    /// running now counts by half. `None` if nothing waits.
+    pub fn takes_us(&self, level: u64, rows: usize, pace: &Pace) -> Option<u64> {
+        if self.is_empty() {
+            return None;
+        }
+        let ahead: usize = self.levels.range(..=level).map(|(_, level)| level.rows).sum();
+        let batches = ahead.saturating_add(rows).div_ceil(pace.rows_max.max(1)) as u64;
+        let turns = batches.div_ceil(pace.instances.max(1));
+        Some(pace.batch_us.saturating_mul(turns.saturating_mul(2).saturating_add(1)) / 2)
     }
 
     /// Takes everything out.
@@ -170,6 +208,7 @@ impl<T> Line<T> {
                     _ => None,
                 };
                 if let Some(why) = why {
+                    level.rows -= waiting.rows;
                     self.requests -= 1;
                     self.bytes -= waiting.bytes;
                     dropped.push((why, payload));
@@ -281,6 +320,7 @@ impl<T> Line<T> {
         let level = self.levels.get_mut(&number)?;
         let queue = if delayed { &mut level.delayed } else { &mut level.fresh };
         let removed = queue.remove(at)?;
+        level.rows -= removed.0.rows;
         self.requests -= 1;
         self.bytes -= removed.0.bytes;
         Some(removed)
@@ -295,6 +335,7 @@ impl<T> Line<T> {
             && let Some(level) = self.levels.get_mut(number)
         {
             let taken: Vec<_> = level.fresh.drain(..=*end).collect();
+            level.rows -= taken.iter().map(|(waiting, _)| waiting.rows).sum::<usize>();
             self.requests -= taken.len();
             self.bytes -= taken.iter().map(|(waiting, _)| waiting.bytes).sum::<usize>();
             return taken;

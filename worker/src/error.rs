@@ -52,6 +52,16 @@ pub enum PredictError {
     /// The model was unloaded while the request waited.
     #[error("model '{0}' was unloaded")]
     Unloaded(String),
+    /// What waits already takes longer than the request may.
+    #[error("model '{model}' would take about {takes_ms} ms for what waits and this request, longer than its deadline allows")]
+    TooLate {
+        /// The model.
+        model: String,
+        /// Until its answer, in ms.
+        takes_ms: u64,
+        /// When to ask again.
+        pushback: Duration,
+    },
     /// The queue is at its bound of requests.
     #[error("Exceeds maximum queue size: {requests_max} requests wait for model '{model}'")]
     QueueFull {
@@ -164,7 +174,7 @@ impl PredictError {
             Self::WrongGeneration { .. } | Self::Unloaded(_) => Reason::NotHere,
             Self::Fenced { .. } => Reason::Fenced,
             Self::Draining => Reason::Draining,
-            Self::QueueFull { .. } | Self::QueueBytesFull { .. } => Reason::QueueFull,
+            Self::QueueFull { .. } | Self::QueueBytesFull { .. } | Self::TooLate { .. } => Reason::QueueFull,
             Self::SequencesFull { .. } => Reason::SequencesFull,
             Self::QueueTimeout(_) => Reason::QueueTimeout,
             Self::Deadline => Reason::DeadlineExceeded,
@@ -194,7 +204,7 @@ impl PredictError {
     /// The status that goes to the caller.
     pub fn status(&self) -> Status {
         match self {
-            Self::QueueFull { pushback, .. } | Self::QueueBytesFull { pushback, .. } => {
+            Self::QueueFull { pushback, .. } | Self::QueueBytesFull { pushback, .. } | Self::TooLate { pushback, .. } => {
                 self.reason().status_with_pushback(self.to_string(), *pushback)
             }
             Self::SequencesFull { .. } => self.reason().status_with_pushback(self.to_string(), PUSHBACK),

@@ -20,7 +20,7 @@ pub use crate::batching::Bounds;
 use crate::{
     admission::Admitted,
     batch::{answers, assemble, shape_class},
-    batching::{Decision, Dropped, Full, Line, Ordering, Waiting},
+    batching::{Decision, Dropped, Full, Line, Ordering, Pace, Waiting},
     contract::Contract,
     engine::{
         EngineError, Model, Outputs, Timing,
@@ -64,8 +64,8 @@ pub struct ModelQueue {
     waiting: Mutex<State>,
     /// What each instance runs at the moment.
     running: Vec<Mutex<Running>>,
-    /// How long the last batch ran, in µs.
-    last_batch_us: AtomicU64,
+    /// How long batches run of late, in µs; 0 before the first.
+    batch_us: AtomicU64,
     ordering: Mutex<Ordering<(Reply, Result<Answered, PredictError>)>>,
     origin: Instant,
     /// For waking instances at a time.
@@ -127,7 +127,7 @@ impl ModelQueue {
             instances,
             waiting: Mutex::new(State { idle, ..State::default() }),
             running,
-            last_batch_us: 0.into(),
+            batch_us: 0.into(),
             ordering: Mutex::default(),
             origin: Instant::now(),
             runtime: Handle::current(),
@@ -173,6 +173,14 @@ impl ModelQueue {
         if let Some(closed) = &state.closed {
             return Err(self.closed_error(closed));
         }
+        // What can't be answered in time had better hear so at once, while there is time to go elsewhere; and behind it
+        // others would be answered too late as well.
+        let takes_us = state.line.takes_us(level, waiting.rows, &self.pace()).filter(|_| self.batch_us.load(Relaxed) > 0);
+        if let (Some(takes_us), Some(deadline_us)) = (takes_us, waiting.deadline_us)
+            && arrived_us.saturating_add(takes_us) > deadline_us
+        {
+            return Err(PredictError::TooLate { model: model(), takes_ms: takes_us / 1_000, pushback: self.pushback() });
+        }
         let number = state.next_number;
         let pending = Some(self.metrics.statistics.pending());
         let entry = Entry { admitted, arrived, number, pending, reply };
@@ -194,9 +202,14 @@ impl ModelQueue {
         Ok(())
     }
 
+    fn pace(&self) -> Pace {
+        let batch_us = self.batch_us.load(Relaxed);
+        Pace { batch_us, rows_max: self.contract.batch_rows_max, instances: self.instances.len() as u64 }
+    }
+
     /// When a full queue may have room: once the next batch is cut. A ms at least, and a second at most.
     fn pushback(&self) -> Duration {
-        Duration::from_micros(self.last_batch_us.load(Relaxed).clamp(1_000, 1_000_000))
+        Duration::from_micros(self.batch_us.load(Relaxed).clamp(1_000, 1_000_000))
     }
 
     /// Has an instance look for work until there is none.
@@ -386,7 +399,8 @@ impl ModelQueue {
     fn deliver(&self, batch: Vec<Entry>, outputs: &Outputs) {
         let rows: usize = batch.iter().map(|entry| entry.admitted.rows).sum();
         let took_us = u64::try_from(outputs.timing.total().as_micros()).unwrap_or(u64::MAX);
-        self.last_batch_us.store(took_us, Relaxed);
+        let before_us = self.batch_us.load(Relaxed);
+        self.batch_us.store(Pace::smoothed_us(before_us, took_us), Relaxed);
         self.metrics.batch(rows, &outputs.timing);
         let answers = answers(&self.contract, &admitted(&batch), outputs);
         for (entry, answer) in batch.into_iter().zip(answers) {

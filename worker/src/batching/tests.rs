@@ -205,3 +205,46 @@ proptest! {
         prop_assert!(left.is_empty() && line.is_empty() && line.bytes == 0);
     }
 }
+
+#[test]
+fn a_request_takes_as_long_as_the_batches_up_to_its_own() {
+    let pace = Pace { batch_us: 1_000, rows_max: 4, instances: 1 };
+    assert_eq!(line(&[]).takes_us(0, 1, &pace), None, "nobody waits");
+    let seven = line(&[waiting(100, 1, 0); 7]);
+    // One is running, half of it is over; seven rows and one are two batches.
+    assert_eq!(seven.takes_us(0, 1, &pace), Some(2_500));
+    assert_eq!(seven.takes_us(0, 2, &pace), Some(3_500));
+    assert_eq!(seven.takes_us(0, 2, &Pace { instances: 2, ..pace }), Some(2_500));
+    let low = line(&[Waiting { level: 2, ..waiting(100, 4, 0) }; 5]);
+    assert_eq!((low.takes_us(1, 1, &pace), low.takes_us(2, 1, &pace)), (Some(1_500), Some(6_500)), "higher levels go first");
+}
+
+#[test]
+fn one_slow_batch_is_soon_forgotten() {
+    let once_slow = Pace::smoothed_us(1_000, 801_000);
+    assert_eq!((Pace::smoothed_us(0, 5), once_slow), (5, 101_000));
+    let after = (0..7).fold(once_slow, |before, _| Pace::smoothed_us(before, 1_000));
+    assert!(after < 2_000, "{after}");
+}
+
+proptest! {
+    #[test]
+    fn rows_are_counted_whatever_leaves_and_how(
+        requests in prop::collection::vec((1_usize..5, 0_u64..3, 0_u64..50, any::<bool>()), 1..40),
+        steps in prop::collection::vec((0_u64..60, any::<bool>()), 1..20),
+    ) {
+        let mut line = Line::default();
+        for (number, (rows, level, deadline_us, has_deadline)) in requests.into_iter().enumerate() {
+            let request = Waiting { level, deadline_us: has_deadline.then_some(deadline_us), ..waiting(0, rows, (number % 2) as u64) };
+            line.push(request, number, &QueuePolicy::default(), &AMPLE).unwrap();
+        }
+        for (now_us, abandons) in steps {
+            line.expire(&queueing(0, &[]), now_us);
+            line.next(4, &queueing(0, &[]), now_us, |number| !abandons || number % 3 != 0, |_| ());
+            for level in line.levels.values() {
+                let there: usize = level.fresh.iter().chain(&level.delayed).map(|(waiting, _)| waiting.rows).sum();
+                prop_assert_eq!(level.rows, there);
+            }
+        }
+    }
+}
