@@ -37,6 +37,7 @@ pub const PROGRAM: Program = Program {
         ),
         Setting::new("snapshot-entries", Some("10000"), "N", "Log entries between two snapshots"),
         Setting::new("message-mib-max", Some("2047"), "MIB", "The largest message that is taken or sent"),
+        Setting::new("streams-per-connection-max", Some("4096"), "N", "Calls that one connection may have open"),
         Setting::new("drain-ms", Some("3000"), "MS", "How long open calls may go on after a stop was asked for"),
         Setting::new("log", Some("info"), "FILTER", "What is logged, as in info,cresset_coordinator=debug"),
         Setting::new("exit-with-parent", None, "PID", "Die when this parent process dies"),
@@ -70,6 +71,8 @@ pub struct Config {
     pub snapshot_entries: u64,
     /// The largest message, in bytes.
     pub message_bytes_max: usize,
+    /// Calls that one connection may have open.
+    pub streams_per_connection_max: u32,
     /// How long open calls may go on at the end.
     pub drain: Duration,
     /// The log filter.
@@ -123,6 +126,10 @@ impl Config {
         if message_mib == 0 {
             settings.problem("message-mib-max", "must be at least 1");
         }
+        let streams_per_connection_max: u32 = settings.required("streams-per-connection-max");
+        if streams_per_connection_max == 0 {
+            settings.problem("streams-per-connection-max", "must be at least 1");
+        }
         let config = Self {
             id: id.unwrap_or(PeerId(0)),
             cluster_id: settings.required("cluster-id"),
@@ -136,6 +143,7 @@ impl Config {
             tick: Duration::from_millis(settings.required("tick-ms")),
             snapshot_entries: settings.required("snapshot-entries"),
             message_bytes_max: message_mib.checked_mul(1 << 20).unwrap_or(MESSAGE_BYTES_MAX).min(MESSAGE_BYTES_MAX),
+            streams_per_connection_max,
             drain: Duration::from_millis(settings.required("drain-ms")),
             log: settings.required("log"),
             exit_with_parent: settings.optional("exit-with-parent"),

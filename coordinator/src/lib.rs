@@ -101,7 +101,11 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let (peer, peer_health) = server::with_health_and_reflection(peer, DESCRIPTORS).await?;
     server::set_health(&public_health, SERVICE_NAME, server::ServingStatus::Serving).await;
     peer_health.set_service_status("", server::ServingStatus::Serving).await;
-    let limits = server::Limits { drain: config.drain, ..server::Limits::default() };
+    let limits = server::Limits {
+        streams_per_connection_max: config.streams_per_connection_max,
+        drain: config.drain,
+        ..server::Limits::default()
+    };
     let ready = {
         let raft = consensus.raft();
         Arc::new(move || raft.borrow().leader.is_some())

@@ -16,6 +16,7 @@ mod oracle;
 mod outage;
 mod settings;
 mod simulation;
+mod slow_readers;
 mod support;
 mod telemetry;
 mod versions;

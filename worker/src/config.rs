@@ -44,6 +44,7 @@ pub const PROGRAM: Program = Program {
             "MS",
             "How long one call of a model may run unless its configuration says; 0: any time",
         ),
+        Setting::new("streams-per-connection-max", Some("4096"), "N", "Calls that one connection may have open"),
         Setting::new("drain-ms", Some("5000"), "MS", "How long open calls may go on after a stop was asked for"),
         Setting::new("null-engine", Some("false"), "BOOL", "Serve models that answer without a model, for scale tests only"),
         Setting::new("log", Some("info"), "FILTER", "What is logged, as in info,cresset_worker=debug"),
@@ -104,6 +105,8 @@ pub struct Config {
     pub message_bytes_max: usize,
     /// How long one call of a model may run unless its configuration says, in ms; 0: any time.
     pub execution_max_ms: u64,
+    /// Calls that one connection may have open.
+    pub streams_per_connection_max: u32,
     /// How long open calls may go on at the end.
     pub drain: Duration,
     /// Whether models of the null engine are served.
@@ -144,8 +147,13 @@ impl Config {
             requests_max: settings.required("queue-requests-max"),
             bytes_max: mib(&mut settings, "queue-mib-max", usize::MAX),
         };
-        for (name, value) in [("queue-requests-max", bounds.requests_max), ("message-mib-max", message_bytes_max)] {
-            if value == 0 {
+        let streams_per_connection_max: u32 = settings.required("streams-per-connection-max");
+        for (name, is_none) in [
+            ("queue-requests-max", bounds.requests_max == 0),
+            ("message-mib-max", message_bytes_max == 0),
+            ("streams-per-connection-max", streams_per_connection_max == 0),
+        ] {
+            if is_none {
                 settings.problem(name, "must be at least 1");
             }
         }
@@ -163,6 +171,7 @@ impl Config {
             bounds,
             message_bytes_max,
             execution_max_ms: settings.required("max-execution-ms"),
+            streams_per_connection_max,
             drain: Duration::from_millis(settings.required("drain-ms")),
             null_engine: settings.required("null-engine"),
             cache_dir: given_cache_dir.unwrap_or_else(|| cache_dir(&id)),
@@ -202,8 +211,11 @@ mod tests {
 
     #[test]
     fn every_problem_is_named() {
-        let text = read(&["--id", "a/b", "--device", "tpu", "--queue-requests-max", "0"]).unwrap_err().to_string();
-        for name in ["id:", "coordinators:", "model-repository:", "device:", "queue-requests-max:"] {
+        let text = read(&["--id", "a/b", "--device", "tpu", "--queue-requests-max", "0", "--streams-per-connection-max", "0"])
+            .unwrap_err()
+            .to_string();
+        for name in ["id:", "coordinators:", "model-repository:", "device:", "queue-requests-max:", "streams-per-connection-max:"]
+        {
             assert!(text.contains(&format!("config: {name}")), "{name} in {text}");
         }
     }

@@ -141,7 +141,11 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         let (worker, tie) = (Arc::clone(&worker), tie.clone());
         Arc::new(move || !worker.is_draining() && *tie.borrow() == Tie::Registered)
     };
-    let limits = server::Limits { drain: config.drain, ..server::Limits::default() };
+    let limits = server::Limits {
+        streams_per_connection_max: config.streams_per_connection_max,
+        drain: config.drain,
+        ..server::Limits::default()
+    };
     let http = tasks.spawn(server::serve_http(listeners.http, ready, closed.clone()));
     let grpc = tokio::spawn(server::serve_grpc(listeners.grpc, routes, limits, closed.clone()));
 
