@@ -114,7 +114,9 @@ def queued_work_whose_caller_left_is_not_run(place):
     busy = [_count(worker, timeout=60, value=-1.0) for worker in workers for _ in range(3)]
     calls = [_count(place.of("counting"), timeout=_SHORT_S) for _ in range(40)]
     left = [call.exception() for call in calls]
-    equal({error.code() for error in left if error}, {grpc.StatusCode.DEADLINE_EXCEEDED})
+    # Whoever couldn't be answered in time hears so at once, or when the time is over.
+    said = {error.code() for error in left if error}
+    assert said and said <= {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}, said
     for call in busy:
         call.result()
     runs = sum(output(_count(worker).result())[0] for worker in workers) - sum(before) - len(workers) - len(busy)

@@ -211,12 +211,12 @@ fn a_request_takes_as_long_as_the_batches_up_to_its_own() {
     let pace = Pace { batch_us: 1_000, rows_max: 4, instances: 1 };
     assert_eq!(line(&[]).takes_us(0, 1, &pace), None, "nobody waits");
     let seven = line(&[waiting(100, 1, 0); 7]);
-    // One is running, half of it is over; seven rows and one are two batches.
-    assert_eq!(seven.takes_us(0, 1, &pace), Some(2_500));
-    assert_eq!(seven.takes_us(0, 2, &pace), Some(3_500));
-    assert_eq!(seven.takes_us(0, 2, &Pace { instances: 2, ..pace }), Some(2_500));
+    // One is running, half of it is over; seven rows and one are two batches; and a quarter more.
+    assert_eq!(seven.takes_us(0, 1, &pace), Some(3_125));
+    assert_eq!(seven.takes_us(0, 2, &pace), Some(4_375));
+    assert_eq!(seven.takes_us(0, 2, &Pace { instances: 2, ..pace }), Some(3_125));
     let low = line(&[Waiting { level: 2, ..waiting(100, 4, 0) }; 5]);
-    assert_eq!((low.takes_us(1, 1, &pace), low.takes_us(2, 1, &pace)), (Some(1_500), Some(6_500)), "higher levels go first");
+    assert_eq!((low.takes_us(1, 1, &pace), low.takes_us(2, 1, &pace)), (Some(1_875), Some(8_125)), "higher levels go first");
 }
 
 #[test]
