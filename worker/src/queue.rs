@@ -175,8 +175,9 @@ impl ModelQueue {
         }
         // What can't be answered in time had better hear so at once, while there is time to go elsewhere; and behind it
         // others would be answered too late as well.
-        let takes_us = state.line.takes_us(level, waiting.rows, &self.pace()).filter(|_| self.batch_us.load(Relaxed) > 0);
-        if let (Some(takes_us), Some(deadline_us)) = (takes_us, waiting.deadline_us)
+        if let Some(deadline_us) = waiting.deadline_us
+            && let Some(pace) = self.pace()
+            && let Some(takes_us) = state.line.takes_us(level, waiting.rows, &pace)
             && arrived_us.saturating_add(takes_us) > deadline_us
         {
             return Err(PredictError::TooLate { model: model(), takes_ms: takes_us / 1_000, pushback: self.pushback() });
@@ -202,9 +203,11 @@ impl ModelQueue {
         Ok(())
     }
 
-    fn pace(&self) -> Pace {
+    /// How fast the line moves; `None` before the first batch.
+    fn pace(&self) -> Option<Pace> {
         let batch_us = self.batch_us.load(Relaxed);
-        Pace { batch_us, rows_max: self.contract.batch_rows_max, instances: self.instances.len() as u64 }
+        let pace = Pace { batch_us, rows_max: self.contract.batch_rows_max, instances: self.instances.len() as u64 };
+        (batch_us > 0).then_some(pace)
     }
 
     /// When a full queue may have room: once the next batch is cut. A ms at least, and a second at most.
