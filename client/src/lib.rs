@@ -29,6 +29,7 @@
 
 pub mod balance;
 mod client;
+mod coalesce;
 pub mod coordinators;
 #[cfg(test)]
 mod fake;

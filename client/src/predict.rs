@@ -48,7 +48,7 @@ struct Inner {
     workers: Workers,
     /// Connections for what a caller may leave unread for long; see `ConnectionSettings::for_unread`.
     unread: Workers,
-    sessions: Sessions,
+    sessions: Arc<Sessions>,
     started: Instant,
 }
 
@@ -73,7 +73,18 @@ impl Router {
     pub fn new(routes: watch::Receiver<Arc<RouteTable>>, settings: RouterSettings) -> Self {
         let workers = Workers::new(settings.connection);
         let unread = Workers::new(settings.connection.for_unread());
-        Self(Arc::new(Inner { routes, settings, workers, unread, sessions: Sessions::new(), started: Instant::now() }))
+        let sessions = Arc::new(Sessions::new());
+        Self(Arc::new(Inner { routes, settings, workers, unread, sessions, started: Instant::now() }))
+    }
+
+    /// The same router with connections of its own, for a thread that has a runtime of its own.
+    #[must_use]
+    pub fn with_own_connections(&self) -> Self {
+        let Inner { routes, settings, sessions, started, .. } = &*self.0;
+        let workers = Workers::new(settings.connection);
+        let unread = Workers::new(settings.connection.for_unread());
+        let (routes, settings, sessions) = (routes.clone(), settings.clone(), Arc::clone(sessions));
+        Self(Arc::new(Inner { routes, settings, workers, unread, sessions, started: *started }))
     }
 
     /// The newest routes.
@@ -188,6 +199,12 @@ impl Inner {
 
     /// The route of a model; waits for the first table if none has come yet.
     async fn route(&self, name: &str, version: Version, deadline: Instant) -> Result<Arc<ModelRoute>, Status> {
+        {
+            let table = self.routes.borrow();
+            if table.is_received() {
+                return lookup(&table, name, &version).cloned();
+            }
+        }
         let mut routes = self.routes.clone();
         let patience = deadline.min(Instant::now() + self.settings.route_wait);
         let table = match tokio::time::timeout_at(patience, routes.wait_for(|table| table.is_received())).await {

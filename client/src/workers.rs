@@ -2,15 +2,17 @@
 //!
 //! Connections are tuned to notice a dead peer soon: pings every half second even when idle, and no answer for a second ends
 //! them. A connection that failed is dropped at once, so the next request makes a new one instead of waiting for the old.
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
+use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
+use tokio::net::TcpStream;
 use tonic::{
     Status,
     transport::{Channel, Endpoint},
 };
 
-use crate::{retry::Failure, routes::Replica};
+use crate::{coalesce::Coalesced, retry::Failure, routes::Replica};
 
 /// What may lie unread of a stream whose reader takes its time, in bytes.
 const UNREAD_WINDOW_BYTES: u32 = 256 << 10;
@@ -58,15 +60,22 @@ impl ConnectionSettings {
     /// tonic's, when the address isn't one.
     pub fn channel(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
         let endpoint = Endpoint::from_shared(format!("http://{address}"))?
-            .connect_timeout(self.connect_timeout)
-            .tcp_nodelay(true)
             .http2_keep_alive_interval(self.keepalive_interval)
             .keep_alive_timeout(self.keepalive_timeout)
             .keep_alive_while_idle(true)
             .initial_stream_window_size(self.stream_window_bytes)
             .initial_connection_window_size(self.connection_window_bytes);
-        Ok(endpoint.connect_lazy())
+        let timeout = self.connect_timeout;
+        Ok(endpoint.connect_with_connector_lazy(tower::service_fn(move |uri| connect(uri, timeout))))
     }
+}
+
+async fn connect(uri: http::Uri, timeout: Duration) -> io::Result<TokioIo<Coalesced<TcpStream>>> {
+    let address = uri.authority().map_or("", http::uri::Authority::as_str);
+    let connected = tokio::time::timeout(timeout, TcpStream::connect(address)).await;
+    let stream = connected.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the connection wasn't made in time"))??;
+    stream.set_nodelay(true)?;
+    Ok(TokioIo::new(Coalesced::new(stream)))
 }
 
 /// The pool.

@@ -37,6 +37,7 @@ pub const PROGRAM: Program = Program {
         ),
         Setting::new("snapshot-entries", Some("10000"), "N", "Log entries between two snapshots"),
         Setting::new("message-mib-max", Some("2047"), "MIB", "The largest message that is taken or sent"),
+        Setting::new("grpc-threads", Some("0"), "N", "Threads that serve the public port; 0: one for each core, up to 16"),
         Setting::new("streams-per-connection-max", Some("4096"), "N", "Calls that one connection may have open"),
         Setting::new("drain-ms", Some("3000"), "MS", "How long open calls may go on after a stop was asked for"),
         Setting::new("log", Some("info"), "FILTER", "What is logged, as in info,cresset_coordinator=debug"),
@@ -71,6 +72,8 @@ pub struct Config {
     pub snapshot_entries: u64,
     /// The largest message, in bytes.
     pub message_bytes_max: usize,
+    /// Threads that serve the public port; 0: one for each core.
+    pub grpc_threads: usize,
     /// Calls that one connection may have open.
     pub streams_per_connection_max: u32,
     /// How long open calls may go on at the end.
@@ -143,6 +146,7 @@ impl Config {
             tick: Duration::from_millis(settings.required("tick-ms")),
             snapshot_entries: settings.required("snapshot-entries"),
             message_bytes_max: message_mib.checked_mul(1 << 20).unwrap_or(MESSAGE_BYTES_MAX).min(MESSAGE_BYTES_MAX),
+            grpc_threads: settings.required("grpc-threads"),
             streams_per_connection_max,
             drain: Duration::from_millis(settings.required("drain-ms")),
             log: settings.required("log"),

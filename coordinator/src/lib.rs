@@ -94,11 +94,11 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     tasks.spawn(store.clone().follow(consensus.clone(), closing.clone()));
     let repository = Repository::new(&config.model_repository);
     let context = Arc::new(Context::new(config.id, consensus.clone(), fleet, repository, store.clone(), closing.clone()));
-    let public = services::routes(&context, router, config.message_bytes_max);
+    let public = services::routes(&context, &router, server::lanes(config.grpc_threads, 1), config.message_bytes_max);
     let (public, public_health) = server::with_health_and_reflection(public, DESCRIPTORS).await?;
     let membership = MembershipServiceServer::new(membership);
     let peer = Routes::new(raft).add_service(membership).add_service(FilesServiceServer::new(store));
-    let (peer, peer_health) = server::with_health_and_reflection(peer, DESCRIPTORS).await?;
+    let (peer, peer_health) = server::with_health_and_reflection([peer], DESCRIPTORS).await?;
     server::set_health(&public_health, SERVICE_NAME, server::ServingStatus::Serving).await;
     peer_health.set_service_status("", server::ServingStatus::Serving).await;
     let limits = server::Limits {

@@ -83,9 +83,18 @@ impl Context {
     }
 }
 
-/// All public services.
-pub fn routes(context: &Arc<Context>, router: Router, message_bytes_max: usize) -> Routes {
-    let inference = inference::Inference { context: Arc::clone(context), router, statistics: Default::default() };
+/// All public services, for each of the threads that serve connections.
+pub fn routes(context: &Arc<Context>, router: &Router, threads: usize, message_bytes_max: usize) -> Vec<Routes> {
+    let (context, statistics) = (Arc::clone(context), statistics::Statistics::default());
+    let lane = |_| {
+        let (context, router, statistics) = (Arc::clone(&context), router.with_own_connections(), statistics.clone());
+        services(inference::Inference { context, router, statistics }, message_bytes_max)
+    };
+    (0..threads).map(lane).collect()
+}
+
+fn services(inference: inference::Inference, message_bytes_max: usize) -> Routes {
+    let context = &Arc::clone(&inference.context);
     let inference = GrpcInferenceServiceServer::new(inference)
         .max_decoding_message_size(message_bytes_max)
         .max_encoding_message_size(message_bytes_max)

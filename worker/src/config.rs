@@ -44,6 +44,7 @@ pub const PROGRAM: Program = Program {
             "MS",
             "How long one call of a model may run unless its configuration says; 0: any time",
         ),
+        Setting::new("grpc-threads", Some("0"), "N", "Threads that serve the gRPC port; 0: one for every two cores, up to 16"),
         Setting::new("streams-per-connection-max", Some("4096"), "N", "Calls that one connection may have open"),
         Setting::new("drain-ms", Some("5000"), "MS", "How long open calls may go on after a stop was asked for"),
         Setting::new("null-engine", Some("false"), "BOOL", "Serve models that answer without a model, for scale tests only"),
@@ -105,6 +106,8 @@ pub struct Config {
     pub message_bytes_max: usize,
     /// How long one call of a model may run unless its configuration says, in ms; 0: any time.
     pub execution_max_ms: u64,
+    /// Threads that serve the gRPC port; 0: one for every two cores.
+    pub grpc_threads: usize,
     /// Calls that one connection may have open.
     pub streams_per_connection_max: u32,
     /// How long open calls may go on at the end.
@@ -171,6 +174,7 @@ impl Config {
             bounds,
             message_bytes_max,
             execution_max_ms: settings.required("max-execution-ms"),
+            grpc_threads: settings.required("grpc-threads"),
             streams_per_connection_max,
             drain: Duration::from_millis(settings.required("drain-ms")),
             null_engine: settings.required("null-engine"),

@@ -135,7 +135,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let leaving = stop.child_token();
     let (membership, tie) = Membership::new(Arc::clone(&worker), introduction, config.coordinators.clone(), leaving.clone());
     tasks.spawn(membership.run(closed.clone()));
-    let (routes, health) = service::routes(Arc::clone(&worker), config.message_bytes_max).await?;
+    let (routes, health) = service::routes(Arc::clone(&worker), server::lanes(config.grpc_threads, 2), config.message_bytes_max).await?;
     tasks.spawn(watch(worker.models.clone(), health.clone(), leaving.clone(), closed.clone()));
     let ready = {
         let (worker, tie) = (Arc::clone(&worker), tie.clone());

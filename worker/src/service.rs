@@ -22,11 +22,15 @@ use crate::{error::PredictError, predict::Worker};
 /// What the health service knows this port's services by; the empty name stands for all of them.
 pub const NAMES: [&str; 3] = ["", "inference.GRPCInferenceService", "cresset.fleet.v1.SequencesService"];
 
-/// All services of a worker's port.
+/// All services of a worker's port, for each of the threads that serve connections.
 ///
 /// # Errors
 /// [`server::Error::Reflection`].
-pub async fn routes(worker: Arc<Worker>, message_bytes_max: usize) -> Result<(Routes, HealthReporter), server::Error> {
+pub async fn routes(
+    worker: Arc<Worker>,
+    threads: usize,
+    message_bytes_max: usize,
+) -> Result<(Vec<Routes>, HealthReporter), server::Error> {
     let inference = GrpcInferenceServiceServer::new(inference::Inference { worker: Arc::clone(&worker) })
         .max_decoding_message_size(message_bytes_max)
         .max_encoding_message_size(message_bytes_max)
@@ -36,7 +40,7 @@ pub async fn routes(worker: Arc<Worker>, message_bytes_max: usize) -> Result<(Ro
         .max_decoding_message_size(message_bytes_max)
         .max_encoding_message_size(message_bytes_max);
     let routes = Routes::new(inference).add_service(sequences);
-    server::with_health_and_reflection(routes, DESCRIPTORS).await
+    server::with_health_and_reflection(std::iter::repeat_n(routes, threads), DESCRIPTORS).await
 }
 
 /// When the caller stops waiting. A little before its own clock says so, so that it hears it from us, with the right code.

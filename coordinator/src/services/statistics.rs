@@ -31,10 +31,10 @@ const ASKED_MAX: usize = 64;
 type Told = Result<Vec<ModelStatistics>, Status>;
 
 /// Asks workers what they have counted.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct Statistics {
     /// Lives of workers that didn't answer the last time, which is said in the log once.
-    silent: Mutex<BTreeSet<(String, u64)>>,
+    silent: Arc<Mutex<BTreeSet<(String, u64)>>>,
 }
 
 impl Statistics {

@@ -1,18 +1,36 @@
 //! The shells of a process: its gRPC port and its HTTP port.
 //!
 //! What is served is the caller's; the limits, the health service, reflection and the way to stop are the same everywhere.
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+mod lanes;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{Router, http::StatusCode, routing::get};
-use tokio::net::TcpListener;
+pub use lanes::serve_grpc;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+};
+use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::{
     service::Routes,
-    transport::{Server, server::TcpIncoming},
+    transport::{
+        Server,
+        server::Connected,
+    },
 };
 pub use tonic_health::ServingStatus;
 pub use tonic_health::server::HealthReporter;
 
+/// Threads that serve the connections of a port if nothing else is set: one for every `cores_per_thread` cores.
+pub fn lanes(set: usize, cores_per_thread: usize) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if set > 0 { set } else { (cores / cores_per_thread.max(1)).clamp(1, LANES_MAX) }
+}
+
+/// Threads that a port gets unless more are asked for.
+const LANES_MAX: usize = 16;
 /// Largest message that is taken or sent unless set otherwise, in bytes: what Triton's clients lift their own limits to.
 pub const MESSAGE_BYTES_MAX: usize = i32::MAX as usize;
 
@@ -52,14 +70,17 @@ pub enum Error {
         /// The address that was asked for.
         address: String,
         /// The system's words.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// The gRPC library gave up.
     #[error("the gRPC server stopped: {0}")]
     Grpc(#[from] tonic::transport::Error),
+    /// A thread that serves connections couldn't be started, or ended.
+    #[error("a thread of the gRPC server: {0}")]
+    Lane(io::Error),
     /// The HTTP library gave up.
     #[error("the HTTP server stopped: {0}")]
-    Http(std::io::Error),
+    Http(io::Error),
     /// The descriptors of the services can't be read.
     #[error("the reflection service can't be built: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -81,12 +102,15 @@ pub fn address(listener: &TcpListener) -> Result<SocketAddr, Error> {
     listener.local_addr().map_err(|source| Error::Bind { address: "the listener".into(), source })
 }
 
-/// Adds health (with `Watch`) and reflection (v1 and v1alpha) to a set of services. The reporter's overall state (`""`)
-/// starts as not serving.
+/// Adds health (with `Watch`) and reflection (v1 and v1alpha) to the services of a port, for each of its threads. The reporter's
+/// overall state (`""`) starts as not serving.
 ///
 /// # Errors
 /// [`Error::Reflection`] if `descriptors` isn't an encoded `FileDescriptorSet`.
-pub async fn with_health_and_reflection(routes: Routes, descriptors: &'static [u8]) -> Result<(Routes, HealthReporter), Error> {
+pub async fn with_health_and_reflection(
+    lanes: impl IntoIterator<Item = Routes>,
+    descriptors: &'static [u8],
+) -> Result<(Vec<Routes>, HealthReporter), Error> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", ServingStatus::NotServing).await;
     let reflection = || {
@@ -94,8 +118,9 @@ pub async fn with_health_and_reflection(routes: Routes, descriptors: &'static [u
             .register_encoded_file_descriptor_set(descriptors)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    let routes = routes.add_service(health).add_service(reflection().build_v1()?).add_service(reflection().build_v1alpha()?);
-    Ok((routes, reporter))
+    let (v1, v1alpha) = (reflection().build_v1()?, reflection().build_v1alpha()?);
+    let complete = |routes: Routes| routes.add_service(health.clone()).add_service(v1.clone()).add_service(v1alpha.clone());
+    Ok((lanes.into_iter().map(complete).collect(), reporter))
 }
 
 /// Reports the health of a whole port, and of the one service that its clients may ask for by name.
@@ -105,12 +130,16 @@ pub async fn set_health(reporter: &HealthReporter, service: &str, status: Servin
     }
 }
 
-/// Serves gRPC until `stop` is cancelled, then lets open calls finish within `limits.drain`.
-///
-/// # Errors
-/// [`Error::Grpc`].
-pub async fn serve_grpc(listener: TcpListener, routes: Routes, limits: Limits, stop: CancellationToken) -> Result<(), Error> {
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+
+async fn serve<C>(
+    incoming: impl Stream<Item = io::Result<C>>,
+    routes: Routes,
+    limits: Limits,
+    stop: CancellationToken,
+) -> Result<(), Error>
+where
+    C: AsyncRead + AsyncWrite + Connected<ConnectInfo: Send + Sync> + Unpin + Send + 'static,
+{
     let server = Server::builder()
         .max_concurrent_streams(limits.streams_per_connection_max)
         .initial_stream_window_size(limits.stream_window_bytes)
