@@ -11,6 +11,7 @@
 #include <torch/csrc/jit/runtime/jit_exception.h>
 #include <torch/csrc/jit/serialization/import.h>
 
+#include <limits>
 #include <mutex>
 
 #include "common.h"
@@ -127,6 +128,22 @@ int32_t crst_set_threads(int32_t intra, int32_t inter, crst_error* error) {
     static std::once_flag once;
     std::call_once(once, [&] { at::set_num_interop_threads(inter); });
   });
+}
+
+int32_t crst_set_intra_op_threads(int32_t intra, crst_error* error) {
+  return guarded(error, [&] {
+    // What OpenMP and MKL keep of this belongs to the calling thread.
+    at::set_num_threads(intra);
+  });
+}
+
+void crst_keep_memory(void) {
+#ifdef __GLIBC__
+  // The first is the largest that glibc takes. By default a large block is a mapping of its own, and what is freed at the end of
+  // an arena goes back to the system at once.
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
+#endif
 }
 
 void crst_give_memory_back(void) {

@@ -3,6 +3,7 @@
 //! What a configuration asks for and this worker can't do is refused here, by field, and never at a request; what changes
 //! at most how fast an answer comes is listed in [`Contract::ignored`] and said once in the log. The table of all fields is
 //! in `proto/PROTOCOL.md`.
+mod execution;
 mod fields;
 mod instances;
 mod queueing;
@@ -26,10 +27,6 @@ pub use self::{
 
 /// Most inputs, and most outputs, of a model.
 pub const TENSORS_MAX: usize = 1024;
-/// The parameter that bounds a call's time, in ms.
-const EXECUTION_MAX: &str = "cresset.max_execution_ms";
-/// Its largest value: an hour.
-const EXECUTION_MS_MAX: u64 = 3_600_000;
 /// Largest `max_batch_size`.
 pub const BATCH_ROWS_MAX: usize = 65_536;
 
@@ -170,22 +167,8 @@ impl Contract {
             ignored: fields::ignored(config),
         };
         contract.names_are_unique()?;
-        contract.execution_max_is_right()?;
+        contract.execution_is_right()?;
         Ok(contract)
-    }
-
-    /// How long one call may run, in ms; 0 for any time, `None` if the configuration doesn't say.
-    pub fn execution_max_ms(&self) -> Option<u64> {
-        self.parameters.get(EXECUTION_MAX)?.trim().parse().ok()
-    }
-
-    fn execution_max_is_right(&self) -> Result<(), ContractError> {
-        match self.parameters.get(EXECUTION_MAX) {
-            Some(text) if self.execution_max_ms().is_none_or(|limit_ms| limit_ms > EXECUTION_MS_MAX) => {
-                refuse(format!("parameter '{EXECUTION_MAX}' is '{text}', it must be from 0 (no limit) to {EXECUTION_MS_MAX}"))
-            }
-            _ => Ok(()),
-        }
     }
 
     fn names_are_unique(&self) -> Result<(), ContractError> {

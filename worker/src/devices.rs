@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -38,6 +38,7 @@ pub struct Devices {
     /// Whether any device is fenced: all that a request looks at as a rule.
     any_fenced: AtomicBool,
     execution_max_ms: AtomicU64,
+    intra_op_threads: AtomicU16,
     given_up: CancellationToken,
     origin: Instant,
 }
@@ -62,6 +63,7 @@ impl Devices {
             placed: Mutex::default(),
             any_fenced: false.into(),
             execution_max_ms: 0.into(),
+            intra_op_threads: 1.into(),
             given_up: CancellationToken::new(),
             origin: Instant::now(),
         }
@@ -70,6 +72,11 @@ impl Devices {
     /// How long a call of a model may run whose configuration doesn't say, in ms; 0 for any time.
     pub fn set_execution_max_ms(&self, execution_max_ms: u64) {
         self.execution_max_ms.store(execution_max_ms, Ordering::Relaxed);
+    }
+
+    /// How many threads compute at a time, where models compute on a processor; the instances of a model share them.
+    pub fn set_intra_op_threads(&self, threads: u16) {
+        self.intra_op_threads.store(threads, Ordering::Relaxed);
     }
 
     /// All of them.
@@ -81,8 +88,19 @@ impl Devices {
     ///
     /// # Errors
     /// What the system says when it has no thread left.
-    pub fn place(&self, device: Device, model: Box<dyn Model>, contract: &Contract) -> std::io::Result<PlacedModel> {
-        let thread = DeviceThread::spawn(device)?;
+    pub fn place(
+        &self,
+        device: Device,
+        model: Box<dyn Model>,
+        contract: &Contract,
+        engine: Arc<dyn Engine>,
+    ) -> std::io::Result<PlacedModel> {
+        let threads = contract.intra_op_threads(self.intra_op_threads.load(Ordering::Relaxed));
+        let thread = DeviceThread::spawn_with(device, move || {
+            if let Err(error) = engine.set_intra_op_threads(threads) {
+                tracing::warn!(%error, threads, "a model's thread computes with as many threads as it likes");
+            }
+        })?;
         let limit_ms = contract.execution_max_ms().unwrap_or_else(|| self.execution_max_ms.load(Ordering::Relaxed));
         let limit = (limit_ms > 0).then(|| Duration::from_millis(limit_ms));
         self.placed.lock().push(Placed { model: contract.name.clone(), thread: thread.watch(), limit });

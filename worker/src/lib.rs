@@ -60,7 +60,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     config::{Config, DeviceChoice},
-    engine::{AnyEngine, Device, EngineError, cuda, device::DeviceThread, set_threads},
+    engine::{AnyEngine, Device, EngineError, cuda, device::DeviceThread, keep_memory, set_threads},
     files::Files,
     membership::{Introduction, Membership, Tie},
     models::{Models, Runner},
@@ -118,6 +118,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let files = Files::new(config.coordinators.clone(), config.cache_dir.clone()).map_err(Error::Cache)?;
     let models = Models::with_files(Repository::new(&config.model_repository), files, engine, threads, config.bounds);
     models.devices().set_execution_max_ms(config.execution_max_ms);
+    models.devices().set_intra_op_threads(intra_op_threads(&config));
     let worker = Worker::new(config.id.clone(), incarnation(), models);
     let introduction = Introduction {
         grpc_address: server::address(&listeners.grpc)?.to_string(),
@@ -135,7 +136,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let leaving = stop.child_token();
     let (membership, tie) = Membership::new(Arc::clone(&worker), introduction, config.coordinators.clone(), leaving.clone());
     tasks.spawn(membership.run(closed.clone()));
-    let (routes, health) = service::routes(Arc::clone(&worker), server::lanes(config.grpc_threads, 2), config.message_bytes_max).await?;
+    let (routes, health) =
+        service::routes(Arc::clone(&worker), server::lanes(config.grpc_threads, 2), config.message_bytes_max).await?;
     tasks.spawn(watch(worker.models.clone(), health.clone(), leaving.clone(), closed.clone()));
     let ready = {
         let (worker, tie) = (Arc::clone(&worker), tie.clone());
@@ -225,10 +227,13 @@ fn incarnation() -> u64 {
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
+fn intra_op_threads(config: &Config) -> u16 {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX));
+    if config.intra_op_threads == 0 { cores } else { config.intra_op_threads }
+}
+
 /// The devices to use, with their memory in bytes.
 fn devices(config: &Config) -> Result<Vec<(Device, u64)>, Error> {
-    let cores = std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX));
-    let intra = if config.intra_op_threads == 0 { cores } else { config.intra_op_threads };
     let gpus = match config.device {
         DeviceChoice::Cpu => Ok(0),
         DeviceChoice::Auto | DeviceChoice::Cuda => cuda::load(&libraries_dir()),
@@ -241,7 +246,8 @@ fn devices(config: &Config) -> Result<Vec<(Device, u64)>, Error> {
             0
         }
     };
-    set_threads(intra, 1)?;
+    keep_memory();
+    set_threads(intra_op_threads(config), 1)?;
     if gpus == 0 {
         return Ok(vec![(Device::Cpu, config.memory_bytes.unwrap_or_else(machine_memory_bytes))]);
     }

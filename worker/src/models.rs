@@ -380,7 +380,7 @@ impl Inner {
             let mut model = self.engine.load(&spec)?;
             takes_what_is_left_out(&contract, model.signature()).map_err(LoadError::File)?;
             warm_up(model.as_mut(), &contract, &initial, |file| read("warmup", file))?;
-            instances.push(self.devices.place(device, model, &contract).map_err(LoadError::Thread)?);
+            instances.push(self.devices.place(device, model, &contract, Arc::clone(&self.engine)).map_err(LoadError::Thread)?);
         }
         let metrics =
             ModelMetrics::new(&key.model, key.version, metrics::triton::recorder(&key.model, key.version, begun.elapsed()));

@@ -15,10 +15,7 @@ use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::{
     service::Routes,
-    transport::{
-        Server,
-        server::Connected,
-    },
+    transport::{Server, server::Connected},
 };
 pub use tonic_health::ServingStatus;
 pub use tonic_health::server::HealthReporter;
@@ -129,7 +126,6 @@ pub async fn set_health(reporter: &HealthReporter, service: &str, status: Servin
         reporter.set_service_status(name, status).await;
     }
 }
-
 
 async fn serve<C>(
     incoming: impl Stream<Item = io::Result<C>>,

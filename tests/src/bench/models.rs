@@ -107,8 +107,10 @@ impl Model {
         self.inputs.iter().filter(|input| input.datatype == Datatype::Int64).flat_map(literal).collect()
     }
 
-    fn config(&self, batch_max: usize) -> String {
+    fn config(&self, serving: Serving) -> String {
+        let Serving { batch_max, instances } = serving;
         let mut text = format!("platform: \"pytorch_libtorch\"\nmax_batch_size: {batch_max}\ndynamic_batching {{ }}\n");
+        let _ = writeln!(text, "instance_group {{ count: {instances} }}");
         for input in self.inputs {
             let (name, kind) = (input.name, input.datatype.as_str());
             let dims = input.dims.iter().map(i64::to_string).collect::<Vec<_>>().join(", ");
@@ -119,14 +121,28 @@ impl Model {
     }
 }
 
-/// A repository with all models, each with its own largest batch.
+/// How a model is served.
+#[derive(Debug, Clone, Copy)]
+pub struct Serving {
+    /// Most rows of a batch.
+    pub batch_max: usize,
+    /// Copies side by side, which share the cores.
+    pub instances: u16,
+}
+
+impl Serving {
+    /// As good as any before the best is known.
+    const USUAL: Self = Self { batch_max: 64, instances: 1 };
+}
+
+/// A repository with all models.
 ///
 /// # Errors
 /// [`Error::Io`], as when MiniLM wasn't prepared.
-pub fn repository(batch_max: impl Fn(Model) -> usize) -> Result<ModelRepository, Error> {
+pub fn repository() -> Result<ModelRepository, Error> {
     let repository = ModelRepository::new()?
-        .with_script(MLP.name, &MLP.config(batch_max(MLP)), &mlp())?
-        .with_script(RESNET18.name, &RESNET18.config(batch_max(RESNET18)), &resnet18())?
+        .with_script(MLP.name, &MLP.config(Serving::USUAL), &mlp())?
+        .with_script(RESNET18.name, &RESNET18.config(Serving::USUAL), &resnet18())?
         .with_script(HEAVY, &crate::harness::fp32_model(8, ""), &heavy())?;
     let prepared = binaries::demo_models().join(MINILM.name).join("1");
     if !prepared.join("model.pt").is_file() {
@@ -136,7 +152,7 @@ pub fn repository(batch_max: impl Fn(Model) -> usize) -> Result<ModelRepository,
     let folder = repository.path().join(MINILM.name);
     fs::create_dir_all(&folder).map_err(failed("can't make a folder for minilm"))?;
     symlink(prepared, folder.join("1")).map_err(failed("can't link minilm"))?;
-    configure(repository.path(), MINILM, batch_max(MINILM))?;
+    configure(repository.path(), MINILM, Serving::USUAL)?;
     Ok(repository)
 }
 
@@ -144,9 +160,9 @@ pub fn repository(batch_max: impl Fn(Model) -> usize) -> Result<ModelRepository,
 ///
 /// # Errors
 /// [`Error::Io`].
-pub fn configure(repository: &Path, model: Model, batch_max: usize) -> Result<(), Error> {
+pub fn configure(repository: &Path, model: Model, serving: Serving) -> Result<(), Error> {
     let path: PathBuf = repository.join(model.name).join("config.pbtxt");
-    fs::write(&path, model.config(batch_max)).map_err(failed(format!("can't write {}", path.display())))
+    fs::write(&path, model.config(serving)).map_err(failed(format!("can't write {}", path.display())))
 }
 
 /// An expression for numbers between `-bound` and `bound` that look random and are the same everywhere: the digits far

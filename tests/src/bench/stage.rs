@@ -68,7 +68,7 @@ impl Stage {
     pub fn set(pace: Pace, gpu: bool) -> Result<Self, Error> {
         let cores = std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX));
         let scratch = tempfile::Builder::new().prefix("cresset-bench-").tempdir().map_err(failed("no temporary folder"))?;
-        Ok(Self { repository: models::repository(|_| 64)?, pace, gpu, cores, scratch, clusters: Cell::new(0) })
+        Ok(Self { repository: models::repository()?, pace, gpu, cores, scratch, clusters: Cell::new(0) })
     }
 
     /// On Ctrl-C and SIGTERM stops what this process has started before the process itself, and removes what was made.

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::{
     figures::Part,
     inprocess::{Holder, Threads},
-    models::{MLP, MODELS, Model, configure},
+    models::{MLP, MODELS, Model, Serving, configure},
     stage::Stage,
 };
 use crate::harness::Cluster;
@@ -37,7 +37,7 @@ pub struct Best {
 /// The best for each model, by its name.
 pub type Tuning = BTreeMap<&'static str, Best>;
 
-/// Searches the best batch and threads for each model, and configures the models for that batch.
+/// Searches the best batch and threads for each model, and configures the models for it.
 ///
 /// # Errors
 /// When a reference fails.
@@ -62,15 +62,20 @@ pub fn tune(stage: &Stage) -> anyhow::Result<Tuning> {
         }
     }
     for model in MODELS {
-        configure(stage.repository.path(), model, batch_max(&tuning, model)?)?;
+        configure(stage.repository.path(), model, serving(&tuning, model)?)?;
     }
     Ok(tuning)
 }
 
-/// The small model's requests are worth batching for what surrounds them, whatever libtorch thinks of it.
-fn batch_max(tuning: &Tuning, model: Model) -> anyhow::Result<usize> {
-    let best = tuning.get(model.name).context("the search left a model out")?;
-    Ok(if model.name == MLP.name { best.batch.max(64) } else { best.batch })
+/// As libtorch runs it fastest; but the small model's requests are worth batching for what surrounds them, whatever libtorch
+/// thinks of it.
+fn serving(tuning: &Tuning, model: Model) -> anyhow::Result<Serving> {
+    let Best { threads, batch, .. } = *tuning.get(model.name).context("the search left a model out")?;
+    Ok(if model.name == MLP.name {
+        Serving { batch_max: batch.max(64), instances: 1 }
+    } else {
+        Serving { batch_max: batch, instances: threads.callers }
+    })
 }
 
 fn levels(stage: &Stage) -> impl Iterator<Item = u32> {
@@ -118,7 +123,9 @@ pub fn measure(stage: &Stage, cluster: &Cluster, tuning: &Tuning) -> anyhow::Res
         let best = best.context("no concurrency")?;
         part.copy(&format!("ratio_at_{best}"), "best_ratio");
         part.fact("best_concurrency", best);
-        part.fact("batch_max", batch_max(tuning, model)?);
+        let Serving { batch_max, instances } = serving(tuning, model)?;
+        part.fact("batch_max", batch_max);
+        part.fact("instances", instances);
         part.fact("reference", json!(tuning.get(model.name)));
     }
     Ok(parts)

@@ -57,13 +57,21 @@ impl DeviceThread {
     /// # Errors
     /// What the system says when it has no thread left.
     pub fn spawn(device: Device) -> std::io::Result<Self> {
+        Self::spawn_with(device, || {})
+    }
+
+    /// [`spawn`](Self::spawn) with something that the thread does before anything else.
+    ///
+    /// # Errors
+    /// As [`spawn`](Self::spawn).
+    pub fn spawn_with(device: Device, begin: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
         let (jobs, inbox) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared::new(device, READY_JOBS_MAX));
         let theirs = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name(format!("engine-{device}"))
-            .stack_size(STACK_BYTES)
-            .spawn(move || serve(inbox, &theirs))?;
+        std::thread::Builder::new().name(format!("engine-{device}")).stack_size(STACK_BYTES).spawn(move || {
+            begin();
+            serve(inbox, &theirs);
+        })?;
         Ok(Self { jobs, shared })
     }
 

@@ -78,6 +78,10 @@ impl Engine for AnyEngine {
         TorchEngine.try_device(device)
     }
 
+    fn set_intra_op_threads(&self, threads: u16) -> Result<(), EngineError> {
+        TorchEngine.set_intra_op_threads(threads)
+    }
+
     fn name(&self) -> &'static str {
         "any"
     }

@@ -57,7 +57,7 @@ pub use self::kind::{AnyEngine, EngineKind};
 pub use self::null::NullSpec;
 pub use self::signature::{Argument, ArgumentKind, Signature};
 pub(crate) use self::torch::checkpoint as seal;
-pub use self::torch::{PackageEngine, TorchEngine, set_threads};
+pub use self::torch::{PackageEngine, TorchEngine, keep_memory, set_threads};
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -167,6 +167,15 @@ pub trait Engine: Send + Sync {
     /// # Errors
     /// [`EngineError::Failed`] for a wrong result, else as [`Model::infer`].
     fn try_device(&self, _device: Device) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    /// From here on the calls of the thread that this is called on compute with so many threads each, where they compute on a
+    /// processor.
+    ///
+    /// # Errors
+    /// [`EngineError::Failed`] if the library refuses the number.
+    fn set_intra_op_threads(&self, _threads: u16) -> Result<(), EngineError> {
         Ok(())
     }
 

@@ -18,6 +18,7 @@ use bytes::Bytes;
 
 use self::calls::CallShape;
 use self::native::Module;
+pub use self::native::keep_memory;
 pub(super) use self::native::{cuda_load, cuda_memory, give_memory_back, testing_save};
 pub use self::package::PackageEngine;
 use super::archive::{self, Layout};
@@ -62,6 +63,10 @@ impl Engine for TorchEngine {
 
     fn try_device(&self, device: Device) -> Result<(), EngineError> {
         canary::sing(device)
+    }
+
+    fn set_intra_op_threads(&self, threads: u16) -> Result<(), EngineError> {
+        native::set_intra_op_threads(i32::from(threads.max(1))).map_err(native::Refusal::into_error)
     }
 
     fn name(&self) -> &'static str {

@@ -40,12 +40,7 @@ const PAUSE_AFTER_REFUSAL: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// [`Error::Grpc`], [`Error::Lane`].
-pub async fn serve_grpc(
-    listener: TcpListener,
-    lanes: Vec<Routes>,
-    limits: Limits,
-    stop: CancellationToken,
-) -> Result<(), Error> {
+pub async fn serve_grpc(listener: TcpListener, lanes: Vec<Routes>, limits: Limits, stop: CancellationToken) -> Result<(), Error> {
     let lanes = lanes.into_iter().enumerate().map(|(number, routes)| Lane::start(number, routes, limits, stop.clone()));
     let lanes = lanes.collect::<Result<Vec<_>, _>>().map_err(Error::Lane)?;
     if let Some(Err(error)) = stop.run_until_cancelled(accept(&listener, &lanes)).await {
