@@ -182,7 +182,7 @@ Module copy_of(const Pristine& pristine) {
 void refuse_written_weights(const Pristine& pristine) {
   if (version_sum(pristine.weights) != pristine.weight_versions) {
     throw Refusal{CRST_FAILED,
-                  "the module writes to its own parameters in forward, which sequences share; keep state in "
+                  "the module writes to its own parameters in forward, which sequences and instances share; keep state in "
                   "buffers or attributes"};
   }
 }

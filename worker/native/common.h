@@ -97,6 +97,7 @@ struct crst_module {
   std::shared_ptr<const crst::Pristine> pristine;
   std::shared_ptr<const crst::Plan> plan;
   std::optional<crst::Instance> instance;  // made at the first stateless call
+  bool shares = false;                     // another module has the same parameters
 };
 
 struct crst_sequence {

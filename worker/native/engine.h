@@ -114,6 +114,9 @@ int32_t crst_cuda_memory(int32_t ordinal, uint64_t* free_bytes, uint64_t* total_
 
 // `cuda` is the ordinal of the GPU, or -1 for the CPU.
 int32_t crst_module_load(const char* path, int32_t cuda, crst_module** out, crst_error* error);
+// Another module with the same parameters and arguments, and buffers and attributes of its own; each may run on a thread of its
+// own. Refused if the module was seen to write to its parameters; from here on both are refused a call that does.
+int32_t crst_module_twin(crst_module* module, crst_module** out, crst_error* error);
 void crst_module_free(crst_module* module);
 // One line per argument of forward, "arg\tNAME\tKIND\tTYPE\tHAS_DEFAULT" with a KIND of
 // tensor|texts|int|float|bool|str|dict|other and HAS_DEFAULT of 0|1; then "ret\t\t\tTYPE\t0".

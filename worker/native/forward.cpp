@@ -79,7 +79,11 @@ int32_t crst_module_forward(crst_module* module, const crst_input* inputs, size_
     if (!module->instance.has_value()) {
       module->instance.emplace(crst::copy_of(*module->pristine));
     }
-    *out = crst::run(*module->instance, plan, module->pristine->device, inputs, count).release();
+    auto results = crst::run(*module->instance, plan, module->pristine->device, inputs, count);
+    if (module->shares) {
+      crst::refuse_written_weights(*module->pristine);
+    }
+    *out = results.release();
   });
 }
 

@@ -194,6 +194,14 @@ int32_t crst_module_load(const char* path, int32_t cuda, crst_module** out, crst
   });
 }
 
+int32_t crst_module_twin(crst_module* module, crst_module** out, crst_error* error) {
+  return guarded(error, [&] {
+    crst::refuse_written_weights(*module->pristine);
+    *out = new crst_module{module->pristine, module->plan, std::nullopt, true};
+    module->shares = true;
+  });
+}
+
 void crst_module_free(crst_module* module) { delete module; }
 
 int32_t crst_module_signature(crst_module* module, char** text, size_t* length, crst_error* error) {

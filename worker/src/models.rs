@@ -3,14 +3,14 @@
 //! Loading happens beside the devices' threads, one model at a time, so that it never holds up a request. What fails to
 //! load is reported with its reason and isn't tried again until it is deployed anew. The table that requests look into is
 //! replaced as a whole: a lookup takes no lock.
+mod load;
+
 use std::{
     collections::{BTreeMap, HashMap},
-    path::Path,
     sync::{Arc, atomic::AtomicUsize},
 };
 
 use arc_swap::ArcSwap;
-use bytes::Bytes;
 use cresset_client::repository::Repository;
 use cresset_proto::{
     fleet::v1::{Assignment, Intent, ObservedReplica, ReplicaState},
@@ -22,13 +22,14 @@ use parking_lot::Mutex;
 use prost::Message;
 use tokio::sync::{Semaphore, watch};
 
+use self::load::{in_the_background, labels, load_spec, read_side_file, takes_what_is_left_out};
 use crate::{
     assignment::{ReplicaKey, StaleIntent, Step, steps},
-    contract::{Contract, ContractError, InstanceKind, Memory, OutputSpec},
+    contract::{Contract, ContractError, InstanceKind, Memory},
     decoupled::Decoupled,
     devices::Devices,
     engine::{
-        Device, Engine, EngineError, EngineKind, InputBinding, LoadSpec, OutputBinding, Signature,
+        Device, Engine, EngineError, EngineKind, Model,
         device::{DeviceThread, PlacedModel},
     },
     error::PredictError,
@@ -110,9 +111,6 @@ enum LoadError {
     #[error("loading was cut short")]
     Aborted,
 }
-
-/// The largest label, warm-up or initial-state file, in bytes.
-const SIDE_FILE_BYTES_MAX: u64 = 1 << 30;
 
 type Table = HashMap<String, BTreeMap<u64, Arc<ServedModel>>>;
 
@@ -348,7 +346,7 @@ impl Inner {
             self.repository.clone()
         };
         let load = move || self.read_and_load(&repository, &assignment);
-        tokio::task::spawn_blocking(load).await.unwrap_or(Err(LoadError::Aborted))
+        in_the_background(load).await.map_err(LoadError::Thread)?.unwrap_or(Err(LoadError::Aborted))
     }
 
     fn read_and_load(&self, repository: &Repository, assignment: &Assignment) -> Result<ServedModel, LoadError> {
@@ -373,13 +371,21 @@ impl Inner {
         let kind =
             EngineKind::of(&config.platform, &config.backend, &stored.file, &contract.parameters).map_err(ContractError)?;
         let mut spec = load_spec(&contract, stored.file, kind)?;
-        let mut instances = Vec::new();
+        let mut models: Vec<(Device, Box<dyn Model>)> = Vec::new();
         let devices = self.places(&contract)?;
         for device in devices.iter().copied() {
+            let twin = models.iter_mut().find(|(other, _)| *other == device).and_then(|(_, model)| model.twin());
             spec.device = device;
-            let mut model = self.engine.load(&spec)?;
+            let mut model = match twin {
+                Some(twin) => twin,
+                None => self.engine.load(&spec)?,
+            };
             takes_what_is_left_out(&contract, model.signature()).map_err(LoadError::File)?;
             warm_up(model.as_mut(), &contract, &initial, |file| read("warmup", file))?;
+            models.push((device, model));
+        }
+        let mut instances = Vec::new();
+        for (device, model) in models {
             instances.push(self.devices.place(device, model, &contract, Arc::clone(&self.engine)).map_err(LoadError::Thread)?);
         }
         let metrics =
@@ -453,61 +459,4 @@ fn runner(
         Memory::Tensors(_) => Home::Queue { queue: queue(instances), initial },
     };
     Runner::Sequences(Sequences::new(Arc::clone(contract), spec, home, metrics.clone()))
-}
-
-/// What the engine has to know. The device is filled in for each instance.
-fn load_spec(contract: &Contract, path: std::path::PathBuf, kind: EngineKind) -> Result<LoadSpec, LoadError> {
-    let inputs = contract.inputs.iter().map(|spec| (spec.name.as_str(), spec.datatype)).chain(contract.hidden_inputs());
-    let outputs = contract.outputs.iter().map(|spec| (&spec.name, spec.datatype, spec.reshape.as_ref().unwrap_or(&spec.dims)));
-    let states = contract.states().iter().map(|state| (&state.output, state.datatype, &state.dims));
-    let constants = contract.constants.iter().map(|(name, text)| match text.parse() {
-        Ok(scalar) => Ok((name.clone(), scalar)),
-        Err(text) => Err(LoadError::Scalar { name: name.clone(), text }),
-    });
-    Ok(LoadSpec {
-        path,
-        device: Device::Cpu,
-        kind,
-        inputs: inputs.map(|(name, datatype)| InputBinding { name: name.to_owned(), datatype }).collect(),
-        constants: constants.collect::<Result<_, _>>()?,
-        outputs: outputs
-            .chain(states)
-            .map(|(name, datatype, dims)| OutputBinding { name: name.clone(), datatype: Some(datatype), dims: dims.clone() })
-            .collect(),
-        batched: contract.batch_rows_max > 0,
-        decoupled: contract.decoupled,
-    })
-}
-
-/// The labels of each output's classes, one for each line of its file.
-fn labels(contract: &Contract, read: impl Fn(&str) -> Result<Bytes, String>) -> Result<Vec<Vec<String>>, String> {
-    let of = |spec: &OutputSpec| match &spec.label_file {
-        None => Ok(vec![]),
-        Some(file) => Ok(String::from_utf8_lossy(&read(file)?).lines().map(str::to_owned).collect()),
-    };
-    contract.outputs.iter().map(of).collect()
-}
-
-fn read_side_file(path: &Path, folder: &str, file: &str) -> Result<Bytes, String> {
-    let name = if folder.is_empty() { file.to_owned() } else { format!("{folder}/{file}") };
-    let fail = |error: std::io::Error| format!("can't read the model's file {name}: {error}");
-    let bytes = std::fs::metadata(path).map_err(fail)?.len();
-    if bytes > SIDE_FILE_BYTES_MAX {
-        return Err(format!("the model's file {name} has {bytes} bytes, the limit is {SIDE_FILE_BYTES_MAX}"));
-    }
-    std::fs::read(path).map(Bytes::from).map_err(fail)
-}
-
-/// Whether the arguments of `forward` that optional inputs are bound to by name can do without them.
-fn takes_what_is_left_out(contract: &Contract, signature: &Signature) -> Result<(), String> {
-    for spec in contract.inputs.iter().filter(|spec| spec.optional) {
-        let argument = signature.arguments.iter().find(|argument| argument.name == spec.name);
-        if argument.is_some_and(|argument| !argument.has_default && !argument.type_name.starts_with("Optional")) {
-            let name = &spec.name;
-            return Err(format!(
-                "input '{name}' is optional, so argument '{name}' of forward must be Optional or have a default"
-            ));
-        }
-    }
-    Ok(())
 }

@@ -206,7 +206,12 @@ pub trait Model: Send {
     /// As [`Model::infer`].
     fn open_generation(&mut self, inputs: &[InputParts]) -> Result<Box<dyn Generation>, EngineError>;
 
-    /// Weights, buffers and constants, in bytes.
+    /// Another instance that shares the weights, for a thread of its own; `None` if it has to be loaded from the file again.
+    fn twin(&mut self) -> Option<Box<dyn Model>> {
+        None
+    }
+
+    /// Weights, buffers and constants, in bytes; of a twin none.
     fn memory_bytes(&self) -> u64;
 
     /// The arguments of `forward` and what it returns.

@@ -120,6 +120,13 @@ impl Model for TorchModel {
         Ok(Box::new(TorchGeneration { generation, shape_of_calls: self.shape_of_calls.clone(), opening: Some(opening) }))
     }
 
+    fn twin(&mut self) -> Option<Box<dyn Model>> {
+        // A module that has written to its parameters can't share them.
+        let module = self.module.twin().ok()?;
+        let (signature, shape_of_calls) = (self.signature.clone(), self.shape_of_calls.clone());
+        Some(Box::new(Self { module, signature, shape_of_calls, memory_bytes: 0, decoupled: self.decoupled }))
+    }
+
     fn memory_bytes(&self) -> u64 {
         self.memory_bytes
     }

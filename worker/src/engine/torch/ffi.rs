@@ -82,6 +82,7 @@ unsafe extern "C" {
     pub fn crst_cuda_memory(ordinal: i32, free: *mut u64, total: *mut u64, error: *mut Error) -> i32;
 
     pub fn crst_module_load(path: *const c_char, cuda: i32, out: *mut *mut Handle, error: *mut Error) -> i32;
+    pub fn crst_module_twin(module: *mut Handle, out: *mut *mut Handle, error: *mut Error) -> i32;
     pub fn crst_module_free(module: *mut Handle);
     pub fn crst_module_signature(module: *mut Handle, text: *mut *mut c_char, length: *mut usize, error: *mut Error) -> i32;
     pub fn crst_module_bind(

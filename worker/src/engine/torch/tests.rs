@@ -248,3 +248,30 @@ mod decoupled;
 mod packages;
 mod sequences;
 mod silero;
+
+#[test]
+fn twins_share_weights_and_nothing_else() {
+    let script = Script::new("def forward(self, x):\n  self.seen += 1\n  return x * self.factor + self.seen\n")
+        .parameter("factor", "torch.full([1], 2.0)")
+        .buffer("seen", "torch.zeros([1])");
+    let mut model = load(&script, &["x"], &["y"]);
+    let call = |model: &mut Box<dyn Model>| read_floats(&model.infer(&[floats(&[1], &[3.0])]).expect("an answer").tensors[0]);
+    assert_eq!(call(&mut model), [7.0]);
+    let mut twin = model.twin().expect("its parameters were only read");
+    assert_eq!((twin.memory_bytes(), twin.signature()), (0, model.signature()));
+    assert_eq!(call(&mut twin), [7.0], "the buffer is its own");
+    assert_eq!(call(&mut model), [8.0]);
+    drop(model);
+    assert_eq!(call(&mut twin), [8.0]);
+}
+
+#[test]
+fn a_module_that_writes_to_its_parameters_has_no_twin() {
+    let script = Script::new("def forward(self, x):\n  self.factor += 1\n  return x * self.factor\n")
+        .parameter("factor", "torch.full([1], 2.0)");
+    let mut model = load(&script, &["x"], &["y"]);
+    let mut early = model.twin().expect("it has never run");
+    let refused = early.infer(&[floats(&[1], &[3.0])]).expect_err("others see what it writes");
+    assert!(matches!(&refused, EngineError::Failed(why) if why.contains("writes to its own parameters")), "{refused}");
+    assert!(model.twin().is_none());
+}

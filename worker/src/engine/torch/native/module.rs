@@ -33,6 +33,15 @@ impl Module {
         not_null(handle).map(Self)
     }
 
+    /// Another module with the same parameters, for a thread of its own.
+    pub fn twin(&mut self) -> Result<Self, Refusal> {
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the handle is live and exclusively ours. What both modules share is only read from here on: the shim refuses a
+        // call that has written to it.
+        checked(|error| unsafe { ffi::crst_module_twin(self.0.as_ptr(), &raw mut handle, error) })?;
+        not_null(handle).map(Self)
+    }
+
     /// The lines that `native/engine.h` describes.
     pub fn signature(&mut self) -> Result<String, Refusal> {
         let mut text = std::ptr::null_mut();

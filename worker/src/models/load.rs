@@ -1,0 +1,92 @@
+//! What a load needs beside the model's own file, and where it runs.
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use tokio::{runtime::Handle, sync::oneshot};
+
+use super::LoadError;
+use crate::{
+    contract::{Contract, OutputSpec},
+    engine::{Device, EngineKind, InputBinding, LoadSpec, OutputBinding, Signature},
+};
+
+/// The largest label, warm-up or initial-state file, in bytes.
+const SIDE_FILE_BYTES_MAX: u64 = 1 << 30;
+
+/// How far work in the background stands back for requests: about a tenth of a core that both want.
+const BACKGROUND_NICE: i32 = 10;
+
+/// Runs `work` on a thread of its own that stands back for requests; `None` if it panics.
+pub(super) async fn in_the_background<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> std::io::Result<Option<T>> {
+    let (done, result) = oneshot::channel();
+    let runtime = Handle::current();
+    std::thread::Builder::new().name("load".into()).spawn(move || {
+        // On Linux this is about the calling thread, and those that it starts. Without it everything works as well.
+        if let Err(error) = rustix::process::setpriority_process(None, BACKGROUND_NICE) {
+            tracing::debug!(%error, "loading doesn't stand back for requests");
+        }
+        let _within = runtime.enter();
+        // Whoever waited may have gone.
+        let _ = done.send(work());
+    })?;
+    Ok(result.await.ok())
+}
+
+/// What the engine has to know. The device is filled in for each instance.
+pub(super) fn load_spec(contract: &Contract, path: PathBuf, kind: EngineKind) -> Result<LoadSpec, LoadError> {
+    let inputs = contract.inputs.iter().map(|spec| (spec.name.as_str(), spec.datatype)).chain(contract.hidden_inputs());
+    let outputs = contract.outputs.iter().map(|spec| (&spec.name, spec.datatype, spec.reshape.as_ref().unwrap_or(&spec.dims)));
+    let states = contract.states().iter().map(|state| (&state.output, state.datatype, &state.dims));
+    let constants = contract.constants.iter().map(|(name, text)| match text.parse() {
+        Ok(scalar) => Ok((name.clone(), scalar)),
+        Err(text) => Err(LoadError::Scalar { name: name.clone(), text }),
+    });
+    Ok(LoadSpec {
+        path,
+        device: Device::Cpu,
+        kind,
+        inputs: inputs.map(|(name, datatype)| InputBinding { name: name.to_owned(), datatype }).collect(),
+        constants: constants.collect::<Result<_, _>>()?,
+        outputs: outputs
+            .chain(states)
+            .map(|(name, datatype, dims)| OutputBinding { name: name.clone(), datatype: Some(datatype), dims: dims.clone() })
+            .collect(),
+        batched: contract.batch_rows_max > 0,
+        decoupled: contract.decoupled,
+    })
+}
+
+/// The labels of each output's classes, one for each line of its file.
+pub(super) fn labels(contract: &Contract, read: impl Fn(&str) -> Result<Bytes, String>) -> Result<Vec<Vec<String>>, String> {
+    let of = |spec: &OutputSpec| match &spec.label_file {
+        None => Ok(vec![]),
+        Some(file) => Ok(String::from_utf8_lossy(&read(file)?).lines().map(str::to_owned).collect()),
+    };
+    contract.outputs.iter().map(of).collect()
+}
+
+pub(super) fn read_side_file(path: &Path, folder: &str, file: &str) -> Result<Bytes, String> {
+    let name = if folder.is_empty() { file.to_owned() } else { format!("{folder}/{file}") };
+    let fail = |error: std::io::Error| format!("can't read the model's file {name}: {error}");
+    let bytes = std::fs::metadata(path).map_err(fail)?.len();
+    if bytes > SIDE_FILE_BYTES_MAX {
+        return Err(format!("the model's file {name} has {bytes} bytes, the limit is {SIDE_FILE_BYTES_MAX}"));
+    }
+    std::fs::read(path).map(Bytes::from).map_err(fail)
+}
+
+/// Whether the arguments of `forward` that optional inputs are bound to by name can do without them.
+pub(super) fn takes_what_is_left_out(contract: &Contract, signature: &Signature) -> Result<(), String> {
+    for spec in contract.inputs.iter().filter(|spec| spec.optional) {
+        let argument = signature.arguments.iter().find(|argument| argument.name == spec.name);
+        if argument.is_some_and(|argument| !argument.has_default && !argument.type_name.starts_with("Optional")) {
+            let name = &spec.name;
+            return Err(format!(
+                "input '{name}' is optional, so argument '{name}' of forward must be Optional or have a default"
+            ));
+        }
+    }
+    Ok(())
+}
