@@ -32,7 +32,7 @@ up: fetch models ## start a local cluster with the demo models; Ctrl-C stops it
 demo: fetch models ## stream speech through a cluster while its processes are killed
 	@exec target/release/cresset-demo $(DEMO_FLAGS)
 
-bench: models ## measure overhead, throughput, tail and memory beside libtorch in process; some minutes
+bench: models ## measure overhead, throughput, tail, overload and memory beside libtorch in process; some minutes
 	@exec target/release/cresset-bench $(BENCH_FLAGS)
 
 test: fetch models ## run every test

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Response, Status, transport::Channel};
 
 use crate::{
-    retry::{Failure, PAUSE_MS_MAX, pause_ms},
+    retry::{Failure, PAUSE_MS_MAX, backoff_ms},
     routes::RouteTable,
     workers::ConnectionSettings,
 };
@@ -198,7 +198,7 @@ impl Coordinators {
             // One round without a pause, so that a dead first address costs nothing; then ever longer pauses.
             let round = u32::try_from(failures / count).unwrap_or(u32::MAX);
             if failures % count == 0 {
-                let pause = Duration::from_millis(pause_ms(round.saturating_add(3)));
+                let pause = Duration::from_millis(backoff_ms(round.saturating_add(3)));
                 tokio::time::sleep_until(deadline.min(Instant::now() + pause)).await;
             }
             if Instant::now() >= deadline {
@@ -245,7 +245,7 @@ impl Coordinators {
             if failures.is_multiple_of(count) {
                 let round = u32::try_from(failures / count).unwrap_or(u32::MAX);
                 let jitter = rand::random::<u64>() % 50;
-                let pause = (pause_ms(round) * 2).min(2 * PAUSE_MS_MAX) + jitter;
+                let pause = (backoff_ms(round) * 2).min(2 * PAUSE_MS_MAX) + jitter;
                 tokio::time::sleep(Duration::from_millis(pause)).await;
             }
         }

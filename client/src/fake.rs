@@ -524,6 +524,10 @@ impl AdminService for FakeCoordinator {
         Err(Status::unimplemented("not asked here"))
     }
 
+    async fn drain_worker(&self, _: Request<admin::DrainWorkerRequest>) -> Result<Response<admin::DrainWorkerResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
     async fn repository(&self, _: Request<admin::RepositoryRequest>) -> Result<Response<admin::RepositoryResponse>, Status> {
         Err(Status::unimplemented("not asked here"))
     }

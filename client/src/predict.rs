@@ -1,8 +1,9 @@
 //! Predictions: one request, the requests of a sequence, and streams of both, each with failover.
 //!
 //! [`Router`] is the whole of it for a caller. `unary` sends single requests, `sequence` owns what a sequence needs to
-//! survive its worker, `sessions` finds it by its id, `many` runs a request that is answered any number of times, `stream` puts
+//! survive its worker, `sessions` finds it by its id, `many` runs a request that is answered any number of times, `answered` remembers answers of requests that may come again, `stream` puts
 //! many requests on one stream, each answer in its place, `failover` keeps count of what a request has tried.
+mod answered;
 mod call;
 mod failover;
 mod many;
@@ -30,7 +31,7 @@ pub use call::CallOptions;
 pub use stream::until_end;
 
 use crate::{
-    predict::sessions::Sessions,
+    predict::{answered::Answered, failover::Repetitions, sessions::Sessions},
     routes::{ModelRoute, Replica, RouteTable, Version},
     settings::RouterSettings,
     workers::Workers,
@@ -49,6 +50,8 @@ struct Inner {
     /// Connections for what a caller may leave unread for long; see `ConnectionSettings::for_unread`.
     unread: Workers,
     sessions: Arc<Sessions>,
+    answered: Arc<Answered>,
+    repetitions: Repetitions,
     started: Instant,
 }
 
@@ -74,17 +77,38 @@ impl Router {
         let workers = Workers::new(settings.connection);
         let unread = Workers::new(settings.connection.for_unread());
         let sessions = Arc::new(Sessions::new());
-        Self(Arc::new(Inner { routes, settings, workers, unread, sessions, started: Instant::now() }))
+        let bounds = answered::Bounds { window: settings.answers_window, bytes_max: settings.answers_bytes_max };
+        let answered = Arc::new(Answered::new(bounds));
+        Self(Arc::new(Inner {
+            routes,
+            settings,
+            workers,
+            unread,
+            sessions,
+            answered,
+            repetitions: Repetitions::default(),
+            started: Instant::now(),
+        }))
     }
 
     /// The same router with connections of its own, for a thread that has a runtime of its own.
     #[must_use]
     pub fn with_own_connections(&self) -> Self {
-        let Inner { routes, settings, sessions, started, .. } = &*self.0;
+        let Inner { routes, settings, sessions, answered, started, .. } = &*self.0;
         let workers = Workers::new(settings.connection);
         let unread = Workers::new(settings.connection.for_unread());
-        let (routes, settings, sessions) = (routes.clone(), settings.clone(), Arc::clone(sessions));
-        Self(Arc::new(Inner { routes, settings, workers, unread, sessions, started: *started }))
+        let (routes, settings) = (routes.clone(), settings.clone());
+        let (sessions, answered) = (Arc::clone(sessions), Arc::clone(answered));
+        Self(Arc::new(Inner {
+            routes,
+            settings,
+            workers,
+            unread,
+            sessions,
+            answered,
+            repetitions: Repetitions::default(),
+            started: *started,
+        }))
     }
 
     /// The newest routes.

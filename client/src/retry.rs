@@ -5,6 +5,8 @@
 //! its answer was delivered. A sequence may always move: its journal knows what was delivered. So may a request of a decoupled
 //! model: the responses that were delivered are counted, and are left out when it runs again. What is absent here:
 //! hedging, and any notion of a replica's health (see `balance`).
+pub mod allowance;
+
 use cresset_proto::reason::Reason;
 use tonic::{Code, ConnectError, Status};
 
@@ -73,7 +75,7 @@ pub enum Kind {
 }
 
 /// What was spent on this request so far, and what may be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Budget {
     /// Moves left after failures that may be the request's own fault. Moves of requests that were never sent are free.
     pub moves_left: u32,
@@ -81,6 +83,11 @@ pub struct Budget {
     pub overloads_left: u32,
     /// How often this request has failed in a row, from 1; the pause grows with it.
     pub failures: u32,
+    /// Whether this router may still have requests run again, over all of them; see [`allowance`].
+    pub allowed: bool,
+    /// Where between half of a pause and all of it this request goes on, from 0 to 1: those who failed together don't come back
+    /// together.
+    pub jitter: f32,
     /// Whether a replica is left that this request hasn't tried.
     pub others: bool,
     /// How long the replica that refused asks to be left alone, in ms; 0 if it didn't say.
@@ -117,9 +124,9 @@ pub enum Verdict {
 pub enum Pays {
     /// None: the request did no work and can't be to blame.
     Nothing,
-    /// [`Budget::moves_left`].
+    /// [`Budget::moves_left`], and [`Budget::allowed`].
     Move,
-    /// [`Budget::overloads_left`].
+    /// [`Budget::overloads_left`], and [`Budget::allowed`].
     Overload,
 }
 
@@ -208,8 +215,8 @@ pub fn decide(failure: Failure, point: Point, kind: Kind, budget: &Budget) -> Ve
     };
     let affordable = match pays {
         Pays::Nothing => true,
-        Pays::Move => budget.moves_left > 0,
-        Pays::Overload => budget.overloads_left > 0,
+        Pays::Move => budget.moves_left > 0 && budget.allowed,
+        Pays::Overload => budget.overloads_left > 0 && budget.allowed,
     };
     if !affordable || budget.now_ms >= budget.deadline_ms {
         return Verdict::GiveUp;
@@ -218,17 +225,32 @@ pub fn decide(failure: Failure, point: Point, kind: Kind, budget: &Budget) -> Ve
     match (budget.others, pays) {
         (true, _) => Verdict::Move { after_ms: 0, pays },
         // Newer routes don't make room.
-        (false, Pays::Overload) => match pause_ms(budget.failures).max(budget.pushback_ms) {
+        (false, Pays::Overload) => match pause_ms(budget).max(after_pushback_ms(budget)) {
             after_ms if after_ms < left_ms => Verdict::Move { after_ms, pays },
             _ => Verdict::GiveUp,
         },
-        (false, _) => Verdict::Wait { at_most_ms: pause_ms(budget.failures).min(left_ms), pays },
+        (false, _) => Verdict::Wait { at_most_ms: pause_ms(budget).min(left_ms), pays },
     }
 }
 
+fn pause_ms(budget: &Budget) -> u64 {
+    jittered(backoff_ms(budget.failures), budget.jitter)
+}
+
+/// Never before the replica asked for, and up to a quarter later.
+fn after_pushback_ms(budget: &Budget) -> u64 {
+    budget.pushback_ms + (budget.pushback_ms as f32 / 4.0 * budget.jitter.clamp(0.0, 1.0)) as u64
+}
+
 /// 10 ms, doubled with each failure, up to [`PAUSE_MS_MAX`].
-pub fn pause_ms(failures: u32) -> u64 {
+pub fn backoff_ms(failures: u32) -> u64 {
     (PAUSE_MS_MIN << failures.saturating_sub(1).min(16)).min(PAUSE_MS_MAX)
+}
+
+/// Between half of a pause and all of it.
+fn jittered(pause_ms: u64, jitter: f32) -> u64 {
+    let half = pause_ms / 2;
+    pause_ms - half + (half as f32 * jitter.clamp(0.0, 1.0)) as u64
 }
 
 #[cfg(test)]
@@ -237,8 +259,17 @@ mod tests {
 
     use super::*;
 
-    const AMPLE: Budget =
-        Budget { moves_left: 3, overloads_left: 2, failures: 1, others: true, pushback_ms: 0, now_ms: 1_000, deadline_ms: 2_000 };
+    const AMPLE: Budget = Budget {
+        moves_left: 3,
+        overloads_left: 2,
+        failures: 1,
+        allowed: true,
+        jitter: 1.0,
+        others: true,
+        pushback_ms: 0,
+        now_ms: 1_000,
+        deadline_ms: 2_000,
+    };
 
     fn every_failure() -> Vec<Failure> {
         let codes = (0..=16).map(|code| Failure::Coded(Code::from_i32(code)));
@@ -274,6 +305,26 @@ mod tests {
     }
 
     #[test]
+    fn when_too_many_were_run_again_only_what_cost_nothing_moves() {
+        let spent = Budget { allowed: false, ..AMPLE };
+        let unary = |failure: Failure| decide(failure, failure.point(), Kind::Unary, &spent);
+        assert_eq!(unary(Failure::Broken), Verdict::GiveUp);
+        assert_eq!(unary(Failure::Refused(Reason::QueueFull)), Verdict::GiveUp);
+        assert_ne!(unary(Failure::Unreachable), Verdict::GiveUp);
+        assert_ne!(unary(Failure::Refused(Reason::Draining)), Verdict::GiveUp);
+    }
+
+    #[test]
+    fn pauses_are_spread_between_half_and_all() {
+        let alone = |jitter| Budget { others: false, failures: 2, jitter, ..AMPLE };
+        let pause = |jitter| match decide(Failure::Broken, Point::Sent, Kind::Unary, &alone(jitter)) {
+            Verdict::Wait { at_most_ms, .. } => at_most_ms,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!([0.0, 0.5, 1.0].map(pause), [10, 15, 20]);
+    }
+
+    #[test]
     fn waits_for_routes_when_nobody_is_left_but_not_for_room() {
         let alone = Budget { others: false, failures: 2, ..AMPLE };
         let wait = Verdict::Wait { at_most_ms: 20, pays: Pays::Nothing };
@@ -282,7 +333,7 @@ mod tests {
         assert_eq!(full, Verdict::Move { after_ms: 20, pays: Pays::Overload });
         let asked =
             |pushback_ms| decide(Failure::Refused(Reason::QueueFull), Point::Sent, Kind::Unary, &Budget { pushback_ms, ..alone });
-        assert_eq!(asked(70), Verdict::Move { after_ms: 70, pays: Pays::Overload });
+        assert_eq!(asked(72), Verdict::Move { after_ms: 90, pays: Pays::Overload }, "a quarter later at most");
         assert_eq!(asked(5), full);
         assert_eq!(asked(1_000), Verdict::GiveUp, "the deadline is before that");
     }

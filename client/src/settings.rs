@@ -36,6 +36,10 @@ pub struct RouterSettings {
     pub journal: Limits,
     /// Requests of one stream that may be unanswered.
     pub stream_requests_max: usize,
+    /// How long the answer of a request that has a `cresset_request_id` is remembered.
+    pub answers_window: Duration,
+    /// Bytes of such answers that are remembered.
+    pub answers_bytes_max: usize,
 }
 
 impl Default for RouterSettings {
@@ -56,6 +60,8 @@ impl Default for RouterSettings {
             journals_bytes_max: 1 << 30,
             journal: Limits::default(),
             stream_requests_max: 128,
+            answers_window: Duration::from_secs(60),
+            answers_bytes_max: 64 << 20,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Connections to workers: one HTTP/2 connection for each life of a worker, shared by all requests.
 //!
-//! Connections are tuned to notice a dead peer soon: pings every half second even when idle, and no answer for a second ends
+//! Connections are tuned to notice a dead peer soon: pings every 400 ms even when idle, and no answer for a second ends
 //! them. A connection that failed is dropped at once, so the next request makes a new one instead of waiting for the old.
 use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
@@ -38,7 +38,7 @@ impl Default for ConnectionSettings {
     fn default() -> Self {
         Self {
             connect_timeout: Duration::from_millis(500),
-            keepalive_interval: Duration::from_millis(500),
+            keepalive_interval: Duration::from_millis(400),
             keepalive_timeout: Duration::from_secs(1),
             message_bytes_max: i32::MAX as usize,
             stream_window_bytes: 8 << 20,

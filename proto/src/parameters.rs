@@ -10,6 +10,9 @@ use crate::{
 /// The longest `sequence_id` text, in bytes, as in Triton.
 pub const SEQUENCE_ID_BYTES_MAX: usize = 128;
 
+/// The longest `cresset_request_id`, in bytes.
+pub const REQUEST_ID_BYTES_MAX: usize = 128;
+
 /// Keys of [`Parameters`] and of responses.
 pub mod keys {
     /// Position of a request in a sequence: number or text.
@@ -26,6 +29,8 @@ pub mod keys {
     pub const EMPTY_FINAL: &str = "triton_enable_empty_final_response";
     /// On requests of a stream: the answer may overtake others. Ours, not Triton's.
     pub const UNORDERED: &str = "cresset_unordered";
+    /// An id that the caller gives a request so that it can send it again. Ours, not Triton's.
+    pub const REQUEST_ID: &str = "cresset_request_id";
     /// On stream responses: the last one of its request.
     pub const FINAL: &str = "triton_final_response";
 }
@@ -47,6 +52,8 @@ pub struct Parameters {
     pub empty_final_response: bool,
     /// `cresset_unordered`.
     pub unordered: bool,
+    /// `cresset_request_id`; `None` for "" or absent.
+    pub request_id: Option<String>,
 }
 
 /// A parameter that isn't what its key demands.
@@ -63,6 +70,9 @@ pub enum ParameterError {
     /// A text longer than [`SEQUENCE_ID_BYTES_MAX`].
     #[error("parameter 'sequence_id' is a string of {0} bytes, the limit is {SEQUENCE_ID_BYTES_MAX}")]
     SequenceIdTooLong(usize),
+    /// A text longer than [`REQUEST_ID_BYTES_MAX`].
+    #[error("parameter 'cresset_request_id' is a string of {0} bytes, the limit is {REQUEST_ID_BYTES_MAX}")]
+    RequestIdTooLong(usize),
     /// A `triton_*` key that means nothing.
     #[error("parameter keys starting with 'triton_' are reserved, and '{0}' is not one of them")]
     Reserved(String),
@@ -72,7 +82,7 @@ impl ParameterError {
     /// The reason to refuse the request with.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Kind { .. } | Self::Reserved(_) => Reason::InvalidArgument,
+            Self::Kind { .. } | Self::Reserved(_) | Self::RequestIdTooLong(_) => Reason::InvalidArgument,
             // Triton answers UNIMPLEMENTED here, and clients test for it.
             Self::SequenceIdTooLong(_) => Reason::Unsupported,
         }
@@ -95,6 +105,7 @@ impl Parameters {
                 keys::PRIORITY => read.priority = unsigned(key, value)?,
                 keys::TIMEOUT => read.timeout_us = unsigned(key, value)?,
                 keys::EMPTY_FINAL => read.empty_final_response = boolean(key, value)?,
+                keys::REQUEST_ID => read.request_id = request_id(value)?,
                 keys::UNORDERED => read.unordered = boolean(key, value)?,
                 other if other.starts_with("triton_") => return Err(ParameterError::Reserved(other.chars().take(80).collect())),
                 _ => {}
@@ -114,6 +125,16 @@ fn sequence_id(value: Option<&ParameterChoice>) -> Result<Option<SequenceId>, Pa
         }
         Some(ParameterChoice::StringParam(text)) => Ok(Some(SequenceId::Text(text.clone()))),
         _ => Err(kind(keys::SEQUENCE_ID, "an int64 or a string")),
+    }
+}
+
+fn request_id(value: Option<&ParameterChoice>) -> Result<Option<String>, ParameterError> {
+    match value {
+        Some(ParameterChoice::StringParam(text)) if text.len() > REQUEST_ID_BYTES_MAX => {
+            Err(ParameterError::RequestIdTooLong(text.len()))
+        }
+        Some(ParameterChoice::StringParam(text)) => Ok(Some(text.clone()).filter(|text| !text.is_empty())),
+        _ => Err(kind(keys::REQUEST_ID, "a string")),
     }
 }
 
@@ -176,6 +197,9 @@ mod tests {
     fn wrong_kinds_are_named() {
         let error = one("sequence_start", ParameterChoice::Int64Param(1)).unwrap_err();
         assert_eq!(error.to_string(), "parameter 'sequence_start' must be a bool");
+        assert!(one("cresset_request_id", ParameterChoice::Int64Param(1)).is_err());
+        let long = one("cresset_request_id", ParameterChoice::StringParam("x".repeat(129))).unwrap_err();
+        assert_eq!(long.to_string(), "parameter 'cresset_request_id' is a string of 129 bytes, the limit is 128");
         assert!(one("priority", ParameterChoice::Int64Param(-1)).is_err());
         assert!(one("timeout", ParameterChoice::StringParam("1".into())).is_err());
     }

@@ -111,7 +111,12 @@ async fn a_killed_leader_costs_no_request_and_is_followed() {
 }
 
 /// Four speakers, two each way, with so many chunks.
-fn speakers(client: &Arc<CressetClient>, gateway: &watch::Sender<String>, speech: &Speech, chunks: usize) -> Vec<Speaker> {
+pub(crate) fn speakers(
+    client: &Arc<CressetClient>,
+    gateway: &watch::Sender<String>,
+    speech: &Speech,
+    chunks: usize,
+) -> Vec<Speaker> {
     (0..4)
         .map(|number| Speaker {
             name: format!("s{number}"),
@@ -126,7 +131,7 @@ fn speakers(client: &Arc<CressetClient>, gateway: &watch::Sender<String>, speech
 }
 
 /// What the model says to these chunks when nothing happens to it.
-fn expected(speech: &Speech, start: usize, chunks: usize) -> Vec<bytes::Bytes> {
+pub(crate) fn expected(speech: &Speech, start: usize, chunks: usize) -> Vec<bytes::Bytes> {
     let mut reference = Reference::load(&binaries::demo_models(), "silero_vad").unwrap();
     let mut sequence = reference.sequence().unwrap();
     let tensor = |data| Tensor { name: "x".into(), datatype: Datatype::Fp32, shape: vec![1, CHUNK_SAMPLES as i64], data };

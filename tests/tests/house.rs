@@ -31,7 +31,7 @@ const KEPT_TO: [(&str, &str); 6] = [
 ];
 
 /// Rooms that decide and do nothing: time comes in as a value, effects go out as values.
-const PURE: [&str; 9] = [
+const PURE: [&str; 10] = [
     "worker/src/health.rs",
     "coordinator/core/src",
     "worker/src/batching.rs",
@@ -40,6 +40,7 @@ const PURE: [&str; 9] = [
     "client/src/balance.rs",
     "client/src/latency.rs",
     "client/src/retry.rs",
+    "client/src/retry",
     "client/src/journal.rs",
 ];
 

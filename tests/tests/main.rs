@@ -7,6 +7,7 @@ mod commands;
 mod conformance;
 mod datapath;
 mod decoupled;
+mod drain;
 mod failover;
 mod health;
 mod house;

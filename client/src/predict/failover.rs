@@ -1,5 +1,11 @@
 //! What a request, or a sequence's stream, has tried so far, and where it goes next.
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use cresset_proto::metadata::retry_pushback;
 use tokio::{sync::watch, time::Instant};
@@ -8,7 +14,7 @@ use tonic::Status;
 use super::Inner;
 use crate::{
     balance::{self, Candidate},
-    retry::{self, Budget, Failure, Kind, Pays, Verdict},
+    retry::{self, Budget, Failure, Kind, Pays, Verdict, allowance::Allowance},
     routes::{ModelRoute, Replica, RouteTable},
 };
 
@@ -26,6 +32,9 @@ impl Failover {
     pub(super) fn new(router: &Inner, kind: Kind) -> Self {
         let mut fresh = Self { kind, tried: Vec::new(), moves_left: 0, overloads_left: 0, failures: 0 };
         fresh.reset(router);
+        if kind != Kind::Sequence {
+            router.repetitions.pay_in(router.now_ms());
+        }
         fresh
     }
 
@@ -88,6 +97,9 @@ impl Failover {
         }
         let now_ms = router.now_ms();
         let budget = Budget {
+            // What a sequence has been through can't be given up for others' sake.
+            allowed: self.kind == Kind::Sequence || router.repetitions.is_any_left(now_ms),
+            jitter: rand::random(),
             moves_left: self.moves_left,
             overloads_left: self.overloads_left,
             failures: self.failures,
@@ -103,12 +115,46 @@ impl Failover {
                 Pays::Move => self.moves_left -= 1,
                 Pays::Overload => self.overloads_left -= 1,
             }
+            if pays != Pays::Nothing && self.kind != Kind::Sequence {
+                router.repetitions.take_out(now_ms);
+            }
             if pays != Pays::Overload {
                 replica.note_failure(now_ms + millis(router.settings.failing_for));
             }
             tracing::debug!(worker = %replica.worker_id, incarnation = replica.incarnation, ?failure, ?verdict, "a request moves");
         }
         verdict
+    }
+}
+
+/// What a router may have run again; see [`Allowance`].
+#[derive(Debug)]
+pub(super) struct Repetitions(AtomicU64);
+
+impl Default for Repetitions {
+    fn default() -> Self {
+        Self(Allowance::full().to_bits().into())
+    }
+}
+
+impl Repetitions {
+    fn pay_in(&self, now_ms: u64) {
+        self.change(|saved| Some(saved.paid_in(now_ms)));
+    }
+
+    fn is_any_left(&self, now_ms: u64) -> bool {
+        Allowance::from_bits(self.0.load(Ordering::Relaxed)).taken_out(now_ms).is_some()
+    }
+
+    /// Takes one out. Where several threads take the last one, all of them had it.
+    fn take_out(&self, now_ms: u64) {
+        self.change(|saved| saved.taken_out(now_ms));
+    }
+
+    fn change(&self, next: impl Fn(Allowance) -> Option<Allowance>) {
+        let next = |bits| next(Allowance::from_bits(bits)).map(Allowance::to_bits);
+        // Nothing left to change is as good.
+        let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
     }
 }
 

@@ -430,8 +430,17 @@ async fn maybe<F: Future>(future: Option<F>) -> F::Output {
 /// Whether an error that stands for one request is really about the worker, so that the sequence had better move.
 fn is_the_workers(status: &Status) -> bool {
     use crate::retry::{Budget, Failure, decide};
-    let budget =
-        Budget { moves_left: 1, overloads_left: 1, failures: 1, others: true, pushback_ms: 0, now_ms: 0, deadline_ms: 1 };
+    let budget = Budget {
+        moves_left: 1,
+        overloads_left: 1,
+        failures: 1,
+        allowed: true,
+        jitter: 1.0,
+        others: true,
+        pushback_ms: 0,
+        now_ms: 0,
+        deadline_ms: 1,
+    };
     let failure = Failure::of(status);
     match decide(failure, failure.point(), Kind::Sequence, &budget) {
         // No room for one request: that is its answer.

@@ -1,16 +1,21 @@
 //! One request without state, on one replica after the other until it is answered.
 use std::{sync::Arc, time::Duration};
 
-use cresset_proto::inference::{
-    ModelInferRequest, ModelInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
+use cresset_proto::{
+    inference::{
+        ModelInferRequest, ModelInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
+        infer_parameter::ParameterChoice,
+    },
+    parameters::keys,
+    reason::Reason,
 };
-use cresset_proto::reason::Reason;
 use tokio::time::Instant;
 use tonic::Status;
 use tracing::Instrument;
 
 use super::{
     CallOptions, Inner,
+    answered::Key,
     call::{deadline_exceeded, no_replica, outcome},
     failover::{Failover, newer_routes},
     lookup, version_of,
@@ -23,8 +28,26 @@ use crate::{
 /// An error so close to the deadline is the deadline's: the worker and tonic watch it too, with timers of their own.
 const DEADLINE_GRAIN: Duration = Duration::from_millis(2);
 
-/// Runs the request, or says in a caller's words why not.
+/// Runs the request, or says in a caller's words why not. One that has an id of its own is run once.
 pub(super) async fn infer(
+    router: &Inner,
+    request: ModelInferRequest,
+    options: &CallOptions,
+    deadline: Instant,
+) -> Result<ModelInferResponse, Status> {
+    let id = match request.parameters.get(keys::REQUEST_ID).and_then(|parameter| parameter.parameter_choice.as_ref()) {
+        Some(ParameterChoice::StringParam(id)) if !id.is_empty() => id.clone(),
+        _ => return run(router, request, options, deadline).await,
+    };
+    let (model, own_id) = (request.model_name.clone(), request.id.clone());
+    let key = Key { model: model.clone(), version: request.model_version.clone(), id };
+    // Boxed: few requests have one, and the others' futures needn't be any larger for it.
+    let once = Box::pin(router.answered.once(key, || router.now_ms(), run(router, request, options, deadline)));
+    let answer = tokio::time::timeout_at(deadline, once).await.unwrap_or_else(|_| Err(deadline_exceeded(&model)))?;
+    Ok(ModelInferResponse { id: own_id, ..answer })
+}
+
+async fn run(
     router: &Inner,
     request: ModelInferRequest,
     options: &CallOptions,

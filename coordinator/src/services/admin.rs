@@ -1,11 +1,12 @@
 //! Administration: status, deployments, the model repository.
 use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
 
-use cresset_core::{Command, CommandBody, CommandId};
+use cresset_core::{Command, CommandBody, CommandId, Reject, WorkerId, state::WorkerState};
 use cresset_proto::{
     admin::v1::{
-        DeployRequest, DeployResponse, LabelRequest, LabelResponse, RepositoryModel, RepositoryRequest, RepositoryResponse,
-        StatusRequest, StatusResponse, UndeployRequest, UndeployResponse, WatchStatusRequest, admin_service_server::AdminService,
+        DeployRequest, DeployResponse, DrainWorkerRequest, DrainWorkerResponse, LabelRequest, LabelResponse, RepositoryModel,
+        RepositoryRequest, RepositoryResponse, StatusRequest, StatusResponse, UndeployRequest, UndeployResponse,
+        WatchStatusRequest, admin_service_server::AdminService,
     },
     reason::Reason,
 };
@@ -16,7 +17,7 @@ use tonic::{Request, Response, Status};
 use super::{
     Context, deadline,
     deploy::{Wanted, epoch_of},
-    repository_status,
+    reject_status, repository_status,
 };
 
 /// How often a watched status is looked at anew; what only heartbeats tell changes without a command.
@@ -85,6 +86,29 @@ impl AdminService for Admin {
         let body = CommandBody::SetLabels { name: request.name, labels: request.labels.into_iter().collect() };
         let outcome = self.context.agree(&Command { id, body }, deadline).await?;
         Ok(Response::new(LabelResponse { epoch: epoch_of(&outcome) }))
+    }
+
+    async fn drain_worker(&self, request: Request<DrainWorkerRequest>) -> Result<Response<DrainWorkerResponse>, Status> {
+        let deadline = deadline(request.metadata());
+        let request = request.into_inner();
+        let id = command_id(&request.command_id)?;
+        let worker: WorkerId =
+            request.worker_id.parse().map_err(|error| Reason::InvalidArgument.status(format!("worker_id: {error}")))?;
+        // A life that has ended can't leave any more: which one is the newest had better be known for sure.
+        let barrier = self.context.consensus.read_barrier(deadline).await;
+        barrier.map_err(|error| Reason::NoLeader.status(error.to_string()))?;
+        let known = self.context.consensus.state().workers.get(&worker).map(|worker| (worker.incarnation, worker.state));
+        let incarnation = match known {
+            Some((_, WorkerState::Dead)) => {
+                let text = format!("worker {worker} is dead, and what it held is being placed elsewhere already");
+                return Err(Reason::Conflict.status(text));
+            }
+            Some((incarnation, _)) => incarnation,
+            None => return Err(reject_status(&Reject::UnknownWorker { worker })),
+        };
+        let body = CommandBody::DrainWorker { worker, incarnation };
+        let outcome = self.context.agree(&Command { id, body }, deadline).await?;
+        Ok(Response::new(DrainWorkerResponse { epoch: epoch_of(&outcome), incarnation }))
     }
 
     async fn repository(&self, _: Request<RepositoryRequest>) -> Result<Response<RepositoryResponse>, Status> {

@@ -67,6 +67,8 @@ pub struct Generator {
     watched: Vec<u32>,
     warmup: Duration,
     duration: Duration,
+    /// How long the server may take for each request, if it is told so.
+    deadline: Option<Duration>,
 }
 
 /// A generator at work.
@@ -89,6 +91,7 @@ impl Generator {
             watched: watched.iter().map(|id| Ok(member(id)?.pid)).collect::<anyhow::Result<_>>()?,
             warmup: Duration::from_millis(500),
             duration: Duration::from_secs(2),
+            deadline: None,
         })
     }
 
@@ -96,6 +99,12 @@ impl Generator {
     #[must_use]
     pub fn lasting(&self, duration: Duration) -> Self {
         Self { duration, ..self.clone() }
+    }
+
+    /// The same, where the server is told that each request may take so long.
+    #[must_use]
+    pub fn within(&self, deadline: Duration) -> Self {
+        Self { deadline: Some(deadline), ..self.clone() }
     }
 
     /// The same, measured from the first request.
@@ -120,6 +129,14 @@ impl Generator {
         self.start_open(rate)?.level()
     }
 
+    /// As [`open`](Self::open), where requests may fail.
+    ///
+    /// # Errors
+    /// The generator's.
+    pub fn open_beyond(&self, rate: f64) -> anyhow::Result<Level> {
+        self.start_open(rate)?.level_with_failures()
+    }
+
     /// As [`open`](Self::open), without waiting for the end.
     ///
     /// # Errors
@@ -141,7 +158,9 @@ impl Generator {
         let millis = |duration: Duration| format!("{}ms", duration.as_millis());
         let pids = self.watched.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
         let mut command = binaries::command("cresset");
-        command.args(["--endpoints", &self.endpoint, "--timeout", REQUEST_TIMEOUT, "-o", "json", "bench", self.model.name]);
+        let timeout = self.deadline.map_or(REQUEST_TIMEOUT.to_owned(), millis);
+        command.args(["--endpoints", &self.endpoint, "--timeout", &timeout, "-o", "json", "bench", self.model.name]);
+        command.args(self.deadline.map(|_| "--deadline"));
         command.args(self.model.flags());
         command.args(flags).args(["--seed", "1", "--percentiles", "50,75,90,95,99,99.5,99.9"]);
         if !flags.contains(&"--requests") {
@@ -171,12 +190,21 @@ impl Running {
     /// # Errors
     /// The generator's, or if a request failed.
     pub fn level(self) -> anyhow::Result<Level> {
+        let level = self.level_with_failures()?;
+        let errors = level.more.get("errors");
+        ensure!(level.failed == 0, "{} requests failed: {errors:?}", level.failed);
+        Ok(level)
+    }
+
+    /// Waits for its end, whatever became of the requests.
+    ///
+    /// # Errors
+    /// The generator's.
+    pub fn level_with_failures(self) -> anyhow::Result<Level> {
         let output = self.0.wait_with_output()?;
         let stderr = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "cresset bench failed: {}", stderr.trim());
         let mut report: Report = serde_json::from_slice(&output.stdout).context("cresset bench said no JSON")?;
-        let level = report.levels.pop().context("cresset bench had no level")?;
-        ensure!(level.failed == 0, "{} requests failed: {}", level.failed, stderr.trim());
-        Ok(level)
+        report.levels.pop().context("cresset bench had no level")
     }
 }

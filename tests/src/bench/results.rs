@@ -64,6 +64,8 @@ pub struct Results {
     pub throughput: Option<BTreeMap<&'static str, Part>>,
     /// `tail`
     pub tail: Option<Part>,
+    /// `overload`
+    pub overload: Option<Part>,
     /// `memory`
     pub memory: Option<Part>,
 }
@@ -82,7 +84,7 @@ impl Results {
         let mut json = Map::new();
         json.insert("machine".to_owned(), json!(self.machine));
         json.insert("rounds".to_owned(), json!(self.rounds));
-        let parts = [("overhead", &self.overhead), ("tail", &self.tail), ("memory", &self.memory)];
+        let parts = [("overhead", &self.overhead), ("tail", &self.tail), ("overload", &self.overload), ("memory", &self.memory)];
         json.extend(parts.into_iter().filter_map(|(name, part)| Some((name.to_owned(), part.as_ref()?.to_json()))));
         if let Some(models) = &self.throughput {
             let models: Map<_, _> = models.iter().map(|(name, part)| ((*name).to_owned(), part.to_json())).collect();
@@ -106,6 +108,7 @@ impl Results {
             throughput(&mut rows, model.name, part);
         }
         self.tail.iter().for_each(|part| tail(&mut rows, part));
+        self.overload.iter().for_each(|part| overload(&mut rows, part));
         self.memory.iter().for_each(|part| memory(&mut rows, part));
         for (number, column) in rows.0.column_iter_mut().enumerate() {
             column.set_padding((0, 2));
@@ -190,6 +193,15 @@ fn tail(rows: &mut Rows, part: &Part) {
     }
 }
 
+fn overload(rows: &mut Rows, part: &Part) {
+    let seconds = part.known("seconds").cloned().unwrap_or_default();
+    let reference = format!("{} requests/s at best; 3 times as many for {seconds} s", word(part, "peak_requests_per_second", 0));
+    rows.row("goodput over peak, 3 × too much", part, "goodput_over_peak", 3, Goal::Least(0.9), &reference);
+    rows.row("  p99 of accepted over deadline", part, "accepted_p99_over_deadline", 3, Goal::Most(1.0), "");
+    rows.row("  refused, part of all", part, "refused_share", 3, Goal::None, "");
+    rows.row("  memory grew by, MiB", part, "memory_growth_mib", 1, Goal::None, "");
+}
+
 fn memory(rows: &mut Rows, part: &Part) {
     let (worker, reference) = (word(part, "worker_mib", 1), word(part, "reference_mib", 1));
     let words = format!("worker {worker} MiB, libtorch with the models {reference} MiB");
@@ -224,6 +236,7 @@ mod tests {
             overhead: Some(overhead),
             throughput: Some(BTreeMap::from([("mlp", mlp)])),
             tail: None,
+            overload: None,
             memory: None,
         };
         let json = results.to_json();

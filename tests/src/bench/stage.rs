@@ -25,6 +25,8 @@ pub struct Pace {
     pub rounds: usize,
     /// How long most things are measured.
     pub time: Duration,
+    /// How long a worker is asked for more than it can do.
+    pub overload: Duration,
     /// Small requests over which memory has to stay flat.
     pub flat_requests: u64,
     /// Streams over which memory has to stay flat.
@@ -33,9 +35,21 @@ pub struct Pace {
 
 impl Pace {
     /// Some minutes.
-    pub const USUAL: Self = Self { rounds: 3, time: Duration::from_secs(2), flat_requests: 200_000, flat_streams: 2_000 };
+    pub const USUAL: Self = Self {
+        rounds: 3,
+        time: Duration::from_secs(2),
+        overload: Duration::from_secs(60),
+        flat_requests: 200_000,
+        flat_streams: 2_000,
+    };
     /// To see that it works.
-    pub const QUICK: Self = Self { rounds: 1, time: Duration::from_millis(600), flat_requests: 20_000, flat_streams: 500 };
+    pub const QUICK: Self = Self {
+        rounds: 1,
+        time: Duration::from_millis(600),
+        overload: Duration::from_secs(3),
+        flat_requests: 20_000,
+        flat_streams: 500,
+    };
 
     /// As long as the memory's goals ask for.
     #[must_use]

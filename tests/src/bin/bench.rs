@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use cresset_tests::{
     bench::{
         inprocess::{self, ReferenceArgs},
-        memory, overhead, plot,
+        memory, overhead, overload, plot,
         results::{Machine, Results},
         stage::{Pace, Stage},
         tail, throughput,
@@ -17,7 +17,7 @@ use cresset_tests::{
     harness::binaries::root,
 };
 
-/// Measures overhead, throughput, tail latency and memory of a local cluster, each beside libtorch in process.
+/// Measures overhead, throughput, tail latency, overload and memory of a local cluster, each beside libtorch in process.
 #[derive(Parser)]
 #[command(name = "cresset-bench", version, args_conflicts_with_subcommands = true)]
 struct Args {
@@ -61,6 +61,7 @@ enum Chosen {
     Overhead,
     Throughput,
     Tail,
+    Overload,
     Memory,
 }
 
@@ -93,7 +94,8 @@ fn bench(args: &Args) -> anyhow::Result<()> {
     let stage = Stage::set(pace, args.device == OnDevice::Cuda)?;
     stage.end_with_signals()?;
     let machine = Machine::ask(stage.cores);
-    let mut results = Results { machine, rounds: pace.rounds, overhead: None, throughput: None, tail: None, memory: None };
+    let mut results =
+        Results { machine, rounds: pace.rounds, overhead: None, throughput: None, tail: None, overload: None, memory: None };
     let mut tuning = None;
     if wants(Chosen::Throughput) {
         say("searching the best batch and threads of libtorch in process");
@@ -103,7 +105,7 @@ fn bench(args: &Args) -> anyhow::Result<()> {
         say("memory");
         results.memory = Some(memory::measure(&stage)?);
     }
-    if wants(Chosen::Overhead) || wants(Chosen::Throughput) || wants(Chosen::Tail) {
+    if wants(Chosen::Overhead) || wants(Chosen::Throughput) || wants(Chosen::Tail) || wants(Chosen::Overload) {
         say("starting a cluster");
         let cluster = stage.cluster()?;
         if wants(Chosen::Overhead) {
@@ -117,6 +119,10 @@ fn bench(args: &Args) -> anyhow::Result<()> {
         if wants(Chosen::Tail) {
             say("tail");
             results.tail = Some(tail::measure(&stage, &cluster)?);
+        }
+        if wants(Chosen::Overload) {
+            say("overload");
+            results.overload = Some(overload::measure(&stage, &cluster)?);
         }
     }
     let json = out.join("results.json");

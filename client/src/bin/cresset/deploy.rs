@@ -159,7 +159,7 @@ pub async fn send_deploy(
     cluster.call(ask).await
 }
 
-fn command_id() -> bytes::Bytes {
+pub(crate) fn command_id() -> bytes::Bytes {
     bytes::Bytes::copy_from_slice(&rand::random::<[u8; 16]>())
 }
 

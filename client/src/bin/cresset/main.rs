@@ -10,6 +10,7 @@
 mod bench;
 mod connect;
 mod deploy;
+mod drain;
 mod npy;
 mod output;
 mod predict;
@@ -53,6 +54,8 @@ enum Command {
     Undeploy(deploy::UndeployArgs),
     /// Move labels of a model, names that requests can use for a version
     Label(deploy::LabelArgs),
+    /// Have a worker leave: what it runs moves elsewhere first
+    Drain(drain::Args),
     /// List what the model repository has to deploy
     Repository,
     /// Run one prediction and print its outputs
@@ -106,6 +109,7 @@ async fn dispatch(command: &Command, settings: Settings, up_settings: up::Settin
         Command::Deploy(args) => deploy::deploy(&cluster, args, &settings).await?,
         Command::Undeploy(args) => deploy::undeploy(&cluster, args, &settings).await?,
         Command::Label(args) => deploy::set_labels(&cluster, args, settings.output).await?,
+        Command::Drain(args) => drain::run(&cluster, args, &settings).await?,
         Command::Repository => deploy::repository(&cluster, settings.output).await?,
         Command::Bench(args) => bench::run(&cluster, args, &settings).await?,
         Command::Predict(args) => predict::run(&cluster, args, settings.output).await?,

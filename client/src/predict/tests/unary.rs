@@ -215,3 +215,46 @@ async fn load_spreads_by_what_is_in_flight() {
         request.await.unwrap();
     }
 }
+
+#[tokio::test]
+async fn a_request_that_comes_again_with_its_id_is_not_run_again() {
+    let worker = Fake::start("w1").await;
+    let world = World::new(&[&worker]);
+    let with_id = |id: &str, own: u64| {
+        let mut request = plain(own);
+        request.parameters.insert("cresset_request_id".into(), parameters::string_parameter(id));
+        request
+    };
+    let elsewhere = world.router.with_own_connections();
+    for (router, own) in [(&world.router, 7), (&world.router, 8), (&elsewhere, 9)] {
+        let answer = router.infer(with_id("a", own), &CallOptions::default()).await.unwrap();
+        assert_eq!(answer.id, own.to_string(), "the answer belongs to the request that it comes for");
+    }
+    assert_eq!(worker.infers(), 1);
+    world.router.infer(with_id("b", 7), &CallOptions::default()).await.unwrap();
+    world.router.infer(with_id("", 7), &CallOptions::default()).await.unwrap();
+    world.router.infer(with_id("", 7), &CallOptions::default()).await.unwrap();
+    assert_eq!(worker.infers(), 4);
+    let refused = refused(&world.router, with_id(&"x".repeat(129), 7)).await;
+    assert_eq!(refused.code(), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn an_outage_is_not_made_worse_by_requests_that_are_run_again() {
+    const REQUESTS: usize = 1_500;
+    let [one, other] = [
+        Fake::scripted("w1", |_| Do::Refuse(Reason::Internal)).await,
+        Fake::scripted("w2", |_| Do::Refuse(Reason::Internal)).await,
+    ];
+    let world = World::new(&[&one, &other]);
+    let begun = std::time::Instant::now();
+    for _ in 0..REQUESTS / 100 {
+        let calls = (0..100).map(|_| refused(&world.router, plain(1)));
+        assert!(futures::future::join_all(calls).await.iter().all(|status| Reason::of(status) == Some(Reason::Internal)));
+    }
+    let again = one.infers() + other.infers() - REQUESTS;
+    let came = REQUESTS / 5 + 50 * (1 + begun.elapsed().as_secs() as usize);
+    let saved = crate::retry::allowance::SAVED_MAX as usize;
+    // A hundred that run at a time may each have seen the last one.
+    assert!((saved..=saved + came + 100).contains(&again), "{again} were run again");
+}
