@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn what_a_lane_has_in_the_calm_too_is_no_pause() {
         let calm: Vec<_> = (0..10).map(|n| 2_000_000 + n * 110_000).collect();
-        let count = |pause_us| {
+        let count = |pause_us: u64| {
             let later = [6_000_000, 6_010_000 + pause_us];
             of_kills(&[lane(Kind::Speech, vec![pass(&calm, &calm), pass(&later, &later)])], kill(6_005_000)).len()
         };

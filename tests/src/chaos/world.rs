@@ -243,6 +243,20 @@ impl World {
     }
 }
 
+impl Drop for World {
+    fn drop(&mut self) {
+        if self.has_small_disks {
+            for member in &self.cluster.file().coordinators {
+                // What is still open on it goes on; the folder can be removed.
+                let folder = self.data_dir.path().join(&member.id);
+                if let Err(error) = network::run(&["umount", "--lazy", &folder.to_string_lossy()]) {
+                    eprintln!("chaos: {error:#}");
+                }
+            }
+        }
+    }
+}
+
 fn models() -> impl Iterator<Item = &'static str> {
     Kind::ALL.into_iter().map(Kind::model).collect::<std::collections::BTreeSet<_>>().into_iter()
 }
