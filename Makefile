@@ -6,8 +6,9 @@ CARGO_FLAGS := --release --workspace --locked
 
 FIRST_SEED ?= 0
 SEEDS ?= 10000
+SEED ?=
 
-.PHONY: help fetch build models up demo bench test conformance-triton perf-analyzer fuzz simulate simulate-mutants fmt lint doc deny clean-data
+.PHONY: help fetch build models up demo bench test conformance-triton perf-analyzer fuzz simulate simulate-mutants chaos fmt lint doc deny clean-data
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -58,6 +59,12 @@ simulate: build ## the control plane in virtual time; SEEDS and FIRST_SEED choos
 
 simulate-mutants: build ## plant bugs and count the seeds until the simulation finds each
 	@exec target/release/cresset-simulate --mutants --first-seed $(FIRST_SEED)
+
+# `SECONDS` is a variable of some shells, so only what is said here or on the command line counts.
+SECONDS = 600
+chaos: fetch models ## hurt a cluster of real processes under load and check every response; SECONDS and SEED choose how
+	@$(FETCH) venv
+	@exec target/release/cresset-chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(CHAOS_FLAGS)
 
 fmt: ## format the sources
 	cargo fmt --all

@@ -1,6 +1,7 @@
 //! What tests, the demo and later measurements share.
 //!
 //! - [`mod@bench`]: the parts of `make bench`.
+//! - [`mod@chaos`]: a cluster under load that is hurt in every way one machine allows; `make chaos`.
 //! - [`harness`]: a real cluster of real processes, and ways to hurt it.
 //! - [`linearizability`]: judges what concurrent clients saw of a register.
 //! - [`mod@reference`]: the same model run in this process, without a cluster, to compare with.
@@ -13,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod chaos;
 pub mod harness;
 pub mod linearizability;
 pub mod reference;

@@ -9,9 +9,10 @@ use std::{
 };
 
 use cresset_proto::admin::v1::WorkerState;
-use cresset_tests::harness::{Cluster, ClusterFile, Options, binaries, fp32_model, worker_of};
+use cresset_tests::harness::{Cluster, ClusterFile, ModelRepository, Options, binaries, fp32_model, worker_of};
+use cresset_worker::engine::testing::Script;
 
-use crate::support::{PATIENCE, cluster, inference, numbers, plus_one, row, until_ready};
+use crate::support::{PATIENCE, cluster, command, holders, inference, numbers, plus_one, row, until_ready};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sigkill_leaves_nothing_behind_and_the_folder_can_be_used_again() {
@@ -144,4 +145,30 @@ fn a_folder_in_use_is_left_alone() {
     assert!(line.contains("in use") && line.contains(&cluster.up_pid().unwrap().to_string()), "{line}");
     assert!(cluster.data_dir().join("cluster.json").exists());
     assert_eq!(cluster.shut_down().unwrap(), Some(0));
+}
+
+/// Threads of a process that run models, by their name: one for each of the worker's, and those that libtorch adds to them.
+fn engine_threads(pid: u32) -> usize {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|task| task.unwrap().path().join("comm"));
+    tasks.filter(|comm| fs::read_to_string(comm).is_ok_and(|name| name.starts_with("engine-cpu"))).count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_runs_on_as_many_threads_as_the_worker_was_told() {
+    let repository = ModelRepository::new().unwrap();
+    // MKL's own functions, which don't ask libtorch how many threads they may take.
+    let source = "def forward(self, x):\n  m = torch.mm(x.t(), x)\n  for i in range(100):\n    m = torch.tanh(m)\n  return x + m[0:1] * 0\n";
+    let tanh = Script::new(source);
+    repository.add_script("tanh", &fp32_model(8, ""), &tanh).unwrap();
+    // As many workers as the machine has cores, so that one thread is left for each.
+    let workers = std::thread::available_parallelism().unwrap().get();
+    let cluster = cluster(1, workers, &repository, &[]);
+    let without = engine_threads(cluster.process("w1").unwrap().pid());
+    let deployed = command(&cluster, &["deploy", "tanh", "--replicas", "1", "--wait"]);
+    assert_eq!(deployed.code, Some(0), "{deployed:?}");
+    let holder = holders(&cluster.status().await.unwrap(), "tanh")[0].clone();
+    let answer = inference(&cluster, &holder).await.model_infer(row("tanh", &[1.0; 16])).await.unwrap();
+    assert_eq!(numbers(&answer.into_inner()), [1.0; 16]);
+    let with = engine_threads(cluster.process(&holder).unwrap().pid());
+    assert_eq!(with, without + 1, "the model's own thread, and none that libtorch brought");
 }

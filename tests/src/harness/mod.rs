@@ -13,6 +13,7 @@ mod status;
 
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     fs::{self, File},
     io::{self, BufRead, BufReader},
     path::{Path, PathBuf},
@@ -137,6 +138,21 @@ pub struct Member {
     pub http: String,
 }
 
+/// A process for [`Cluster::launch`].
+#[derive(Debug, Clone)]
+pub struct Launch {
+    /// `c1`, `w2`.
+    pub id: String,
+    /// What it is.
+    pub is_coordinator: bool,
+    /// `host:port`.
+    pub grpc: String,
+    /// `host:port`.
+    pub http: String,
+    /// Program and arguments.
+    pub command_line: Vec<OsString>,
+}
+
 impl ClusterFile {
     /// Reads `DIR/cluster.json`.
     ///
@@ -193,6 +209,25 @@ impl Cluster {
     /// [`Error::Io`] if there is no `cluster.json`, or one of its processes doesn't live.
     pub fn attach(data_dir: &Path) -> Result<Self, Error> {
         Self::of(data_dir)
+    }
+
+    /// Starts these processes, without `cresset up`: for a cluster whose processes live where that can't put them. Each has
+    /// to be told to `--exit-with-parent`. They are stopped, with SIGKILL, when this is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn launch(data_dir: &Path, launches: Vec<Launch>) -> Result<Self, Error> {
+        let logs = data_dir.join("logs");
+        fs::create_dir_all(&logs).map_err(failed(format!("can't make {}", logs.display())))?;
+        let mut file = ClusterFile { coordinators: vec![], workers: vec![] };
+        let mut processes = BTreeMap::new();
+        for Launch { id, is_coordinator, grpc, http, command_line } in launches {
+            let process = Process::launch(&id, command_line, &logs.join(format!("{id}.log")))?;
+            let list = if is_coordinator { &mut file.coordinators } else { &mut file.workers };
+            list.push(Member { id: id.clone(), pid: process.pid(), grpc, http });
+            processes.insert(id, process);
+        }
+        Ok(Self { data_dir: data_dir.to_owned(), temporary: None, up: None, file, processes })
     }
 
     fn of(data_dir: &Path) -> Result<Self, Error> {

@@ -44,6 +44,18 @@ impl Process {
         Ok(Self { id: id.to_owned(), pid, pidfd, command_line, child: None })
     }
 
+    /// Starts one, as a child of this process that dies with the calling thread.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn launch(id: &str, command_line: Vec<OsString>, log: &Path) -> Result<Self, Error> {
+        let own = std::process::id();
+        let pidfd = open(own).map_err(failed("can't watch this process"))?;
+        let mut process = Self { id: id.to_owned(), pid: own, pidfd, command_line, child: None };
+        process.restart(log)?;
+        Ok(process)
+    }
+
     /// The number of its present life, or of the last one.
     pub fn pid(&self) -> u32 {
         self.pid

@@ -1,0 +1,204 @@
+"""The lanes of tests/src/chaos that go through Python's tritonclient.
+
+Reads one line of JSON from stdin: when the run began, the coordinators' addresses, and the lanes. Writes one line of JSON for
+each thing that happens: a pass opens, a request is sent, a response comes, a pass ends. Ends with the next line on stdin, after
+the last answers.
+"""
+
+import json
+import sys
+import threading
+import time
+
+import numpy as np
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+# How long one address is given for a call.
+TRY_S = 2.0
+# How long a request is asked again before it is given up.
+PATIENCE_S = 60.0
+# How long a stream with open requests may be silent before its caller gives it up.
+SILENCE_S = 20.0
+# Before the same request is asked again where nobody else is left to ask.
+PAUSE_S = 0.1
+
+# Connections are a pass's own, and notice soon when nobody is there any more.
+CHANNEL = [
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 200),
+]
+
+
+class Report:
+    def __init__(self, begun_unix_us):
+        # A clock that doesn't jump, set by one that is everybody's.
+        self.offset_us = time.time_ns() // 1000 - begun_unix_us - time.monotonic_ns() // 1000
+        self.lock = threading.Lock()
+
+    def now_us(self):
+        return time.monotonic_ns() // 1000 + self.offset_us
+
+    def say(self, lane, what, **more):
+        line = json.dumps({"lane": lane, "what": what, "at_us": self.now_us(), **more})
+        with self.lock:
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+
+
+class Lane:
+    def __init__(self, number, spec, addresses, report, over):
+        self.number = number
+        self.spec = spec
+        self.addresses = addresses
+        self.address = spec["first_address"]
+        self.report = report
+        self.over = over
+        self.inputs = [bytes.fromhex(text) for text in spec["inputs"]]
+        self.interval_s = spec["interval_us"] / 1e6
+        self.due = time.monotonic()
+        self.sequence = 0
+
+    def say(self, what, **more):
+        self.report.say(self.number, what, **more)
+
+    def tick(self):
+        """Waits for the next moment of the pace; those that were missed are left out."""
+        now = time.monotonic()
+        while self.due < now:
+            self.due += self.interval_s
+        self.over.wait(self.due - now)
+        return not self.over.is_set()
+
+    def open(self, first):
+        address = self.addresses[self.address % len(self.addresses)]
+        self.say("open", address=address, first=first)
+        return triton.InferenceServerClient(address, channel_args=CHANNEL)
+
+    def input(self, place):
+        tensor = triton.InferInput(self.spec["input"], self.spec["shape"], self.spec["datatype"])
+        dtype = {"FP32": np.float32, "INT64": np.int64}[self.spec["datatype"]]
+        tensor.set_data_from_numpy(np.frombuffer(self.inputs[place], dtype).reshape(self.spec["shape"]))
+        return [tensor]
+
+    def got(self, result):
+        response = result.get_response()
+        output = response.raw_output_contents[0] if response.raw_output_contents else b""
+        self.say("got", id=response.id, output=output.hex())
+
+    def ended(self, error, gave_up=False):
+        """Says how a pass broke, and goes on to the next address."""
+        self.say("broke", code=str(error.status()), message=str(error.message()), gave_up=gave_up)
+        self.address += 1
+
+    def run(self):
+        if self.spec["kind"] == "unary":
+            self.calls()
+        else:
+            self.streams()
+
+    def calls(self):
+        place, client, tries, begun = 0, None, 0, time.monotonic()
+        while tries or self.tick():
+            if client is None:
+                client = self.open(place)
+            else:
+                self.say("open", address=self.addresses[self.address % len(self.addresses)], first=place)
+            begun = begun if tries else time.monotonic()
+            self.say("sent")
+            try:
+                self.got(client.infer(self.spec["model"], self.input(place), request_id="0", client_timeout=TRY_S))
+            except InferenceServerException as error:
+                client.close()
+                client = None
+                gave_up = time.monotonic() - begun > PATIENCE_S
+                self.ended(error, gave_up)
+                tries = 0 if gave_up else tries + 1
+                if tries % len(self.addresses) == 0:
+                    time.sleep(PAUSE_S)
+                continue
+            self.say("end")
+            tries, place = 0, (place + 1) % len(self.inputs)
+
+    def streams(self):
+        first = 0
+        while not self.over.is_set():
+            answered, broken = self.stream(first)
+            first = (first + answered) % len(self.inputs) if broken and not self.spec["is_sequence"] else 0
+            if broken and not answered:
+                time.sleep(PAUSE_S)
+
+    def stream(self, first):
+        """One stream, the script from `first` to its end: how many requests had all their responses, and whether it broke."""
+        client = self.open(first)
+        self.sequence = time.monotonic_ns()
+        changed, got, errors = threading.Condition(), {}, []
+
+        def answer(result, error):
+            with changed:
+                if error is None:
+                    self.got(result)
+                    ordinal = result.get_response().id
+                    got[ordinal] = got.get(ordinal, 0) + 1
+                elif not errors:
+                    errors.append(error)
+                changed.notify()
+
+        def whole():
+            return sum(count >= self.spec["parts"] for count in got.values())
+
+        client.start_stream(answer)
+        sent = 0
+        for place in range(first, len(self.inputs)):
+            is_last = not self.tick() or place + 1 == len(self.inputs)
+            if errors:
+                break
+            self.say("sent")
+            bounds = {}
+            if self.spec["is_sequence"]:
+                bounds = dict(sequence_id=self.sequence, sequence_start=sent == 0, sequence_end=is_last)
+            try:
+                client.async_stream_infer(self.spec["model"], self.input(place), request_id=str(sent), **bounds)
+            except InferenceServerException as error:
+                # The stream has ended; the callback has said how.
+                with changed:
+                    errors or errors.append(error)
+                sent += 1
+                break
+            sent += 1
+            if is_last:
+                break
+        with changed:
+            while not errors and whole() < sent:
+                before = sum(got.values())
+                if not changed.wait(SILENCE_S) and sum(got.values()) == before and not errors:
+                    errors.append(InferenceServerException(f"nothing came for {SILENCE_S} s", "silent"))
+        client.stop_stream(cancel_requests=bool(errors))
+        client.close()
+        # What came late belongs to the pass, too, so it ends only now.
+        if errors:
+            self.ended(errors[0])
+        else:
+            self.say("end")
+        return whole(), bool(errors)
+
+
+def main():
+    spec = json.loads(sys.stdin.readline())
+    report, over = Report(spec["begun_unix_us"]), threading.Event()
+    lanes = [Lane(number, lane, spec["addresses"], report, over) for number, lane in enumerate(spec["lanes"])]
+    threads = [threading.Thread(target=lane.run) for lane in lanes]
+    for thread in threads:
+        thread.start()
+    sys.stdin.readline()
+    over.set()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
