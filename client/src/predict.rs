@@ -74,41 +74,28 @@ enum Work {
 impl Router {
     /// A router over a table of routes that others keep fresh.
     pub fn new(routes: watch::Receiver<Arc<RouteTable>>, settings: RouterSettings) -> Self {
-        let workers = Workers::new(settings.connection);
-        let unread = Workers::new(settings.connection.for_unread());
-        let sessions = Arc::new(Sessions::new());
         let bounds = answered::Bounds { window: settings.answers_window, bytes_max: settings.answers_bytes_max };
-        let answered = Arc::new(Answered::new(bounds));
-        Self(Arc::new(Inner {
-            routes,
-            settings,
-            workers,
-            unread,
-            sessions,
-            answered,
-            repetitions: Repetitions::default(),
-            started: Instant::now(),
-        }))
+        Self::connected(routes, settings, Arc::new(Sessions::new()), Arc::new(Answered::new(bounds)), Instant::now())
     }
 
     /// The same router with connections of its own, for a thread that has a runtime of its own.
     #[must_use]
     pub fn with_own_connections(&self) -> Self {
         let Inner { routes, settings, sessions, answered, started, .. } = &*self.0;
+        Self::connected(routes.clone(), settings.clone(), Arc::clone(sessions), Arc::clone(answered), *started)
+    }
+
+    fn connected(
+        routes: watch::Receiver<Arc<RouteTable>>,
+        settings: RouterSettings,
+        sessions: Arc<Sessions>,
+        answered: Arc<Answered>,
+        started: Instant,
+    ) -> Self {
         let workers = Workers::new(settings.connection);
         let unread = Workers::new(settings.connection.for_unread());
-        let (routes, settings) = (routes.clone(), settings.clone());
-        let (sessions, answered) = (Arc::clone(sessions), Arc::clone(answered));
-        Self(Arc::new(Inner {
-            routes,
-            settings,
-            workers,
-            unread,
-            sessions,
-            answered,
-            repetitions: Repetitions::default(),
-            started: *started,
-        }))
+        let repetitions = Repetitions::default();
+        Self(Arc::new(Inner { routes, settings, workers, unread, sessions, answered, repetitions, started }))
     }
 
     /// The newest routes.

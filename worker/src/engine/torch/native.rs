@@ -143,7 +143,7 @@ pub fn set_intra_op_threads(intra: i32) -> Result<(), Refusal> {
     checked(|error| unsafe { ffi::crst_set_intra_op_threads(intra, error) })
 }
 
-/// Has what is freed kept for the next call, until [`give_memory_back`]: a convolution net spent a tenth of its time on getting
+/// Has what is freed kept for the next call, until a large model is unloaded: a convolution net spent a tenth of its time on getting
 /// the same pages from the system again in every call.
 pub fn keep_memory() {
     // SAFETY: no pointers; glibc takes its settings at any time.
