@@ -46,7 +46,7 @@ class Table(unittest.TestCase):
     def test_every_field_of_a_configuration_has_a_row(self):
         named = [name for cell in _section("Fields of `config.pbtxt`") for name in re.findall(r"`([^`]+)`", cell)]
         # Keys of the field `parameters`, which has a row.
-        named = [name for name in named if not name.startswith("cresset.")]
+        named = [name for name in named if not name.startswith("cresset.") and not name.isupper()]
         self.assertEqual(_missing(model_config_pb2.ModelConfig.DESCRIPTOR, set(named)), [], "without a row")
         self.assertEqual([name for name in named if not _exists(name)], [], "no such fields")
         twice = sorted({name for name in named if named.count(name) > 1 and name != "parameters"})
