@@ -102,9 +102,6 @@ int32_t crst_set_threads(int32_t intra, int32_t inter, crst_error* error);
 // Threads inside one operation for what the calling thread runs.
 int32_t crst_set_intra_op_threads(int32_t intra, crst_error* error);
 
-// Has malloc keep what is freed, so that the next call of a model needn't get the same pages from the system again.
-void crst_keep_memory(void);
-
 // Gives what malloc keeps of freed memory back to the system.
 void crst_give_memory_back(void);
 

@@ -11,7 +11,6 @@
 #include <torch/csrc/jit/runtime/jit_exception.h>
 #include <torch/csrc/jit/serialization/import.h>
 
-#include <limits>
 #include <mutex>
 
 #include "common.h"
@@ -135,15 +134,6 @@ int32_t crst_set_intra_op_threads(int32_t intra, crst_error* error) {
     // What OpenMP and MKL keep of this belongs to the calling thread.
     at::set_num_threads(intra);
   });
-}
-
-void crst_keep_memory(void) {
-#ifdef __GLIBC__
-  // The first is the largest that glibc takes. By default a large block is a mapping of its own, and what is freed at the end of
-  // an arena goes back to the system at once.
-  mallopt(M_MMAP_THRESHOLD, 32 << 20);
-  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
-#endif
 }
 
 void crst_give_memory_back(void) {

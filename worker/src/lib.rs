@@ -60,7 +60,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     config::{Config, DeviceChoice},
-    engine::{AnyEngine, Device, EngineError, cuda, device::DeviceThread, keep_memory, set_threads},
+    engine::{AnyEngine, Device, EngineError, cuda, device::DeviceThread, set_threads},
     files::Files,
     membership::{Introduction, Membership, Tie},
     models::{Models, Runner},
@@ -246,7 +246,6 @@ fn devices(config: &Config) -> Result<Vec<(Device, u64)>, Error> {
             0
         }
     };
-    keep_memory();
     set_threads(intra_op_threads(config), 1)?;
     if gpus == 0 {
         return Ok(vec![(Device::Cpu, config.memory_bytes.unwrap_or_else(machine_memory_bytes))]);

@@ -3,7 +3,7 @@
 use cresset_worker::engine::device::{DeviceThread, freed};
 use cresset_worker::engine::testing::{Script, spec_of};
 use cresset_worker::engine::{
-    Datatype, Device, Engine, InputBinding, InputParts, LoadSpec, OutputBinding, TorchEngine, keep_memory, set_threads,
+    Datatype, Device, Engine, InputBinding, InputParts, LoadSpec, OutputBinding, TorchEngine, set_threads,
 };
 
 const ROUNDS: usize = 50;
@@ -15,7 +15,6 @@ const GROWTH_MAX: f64 = 0.05;
 
 #[tokio::test]
 async fn a_large_model_loaded_and_unloaded_fifty_times_leaves_nothing_behind() {
-    keep_memory();
     set_threads(1, 1).expect("one thread");
     let dir = tempfile::tempdir().expect("a temporary folder");
     let path = dir.path().join("model.pt");

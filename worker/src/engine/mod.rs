@@ -57,7 +57,7 @@ pub use self::kind::{AnyEngine, EngineKind};
 pub use self::null::NullSpec;
 pub use self::signature::{Argument, ArgumentKind, Signature};
 pub(crate) use self::torch::checkpoint as seal;
-pub use self::torch::{PackageEngine, TorchEngine, keep_memory, set_threads};
+pub use self::torch::{PackageEngine, TorchEngine, set_threads};
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

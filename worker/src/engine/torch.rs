@@ -18,7 +18,6 @@ use bytes::Bytes;
 
 use self::calls::CallShape;
 use self::native::Module;
-pub use self::native::keep_memory;
 pub(super) use self::native::{cuda_load, cuda_memory, give_memory_back, testing_save};
 pub use self::package::PackageEngine;
 use super::archive::{self, Layout};

@@ -143,13 +143,6 @@ pub fn set_intra_op_threads(intra: i32) -> Result<(), Refusal> {
     checked(|error| unsafe { ffi::crst_set_intra_op_threads(intra, error) })
 }
 
-/// Has what is freed kept for the next call, until a large model is unloaded: a convolution net spent a tenth of its time on getting
-/// the same pages from the system again in every call.
-pub fn keep_memory() {
-    // SAFETY: no pointers; glibc takes its settings at any time.
-    unsafe { ffi::crst_keep_memory() }
-}
-
 /// Gives freed memory back to the system.
 pub fn give_memory_back() {
     // SAFETY: no pointers; it may be called from any thread at any time.
