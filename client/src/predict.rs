@@ -1,8 +1,9 @@
 //! Predictions: one request, the requests of a sequence, and streams of both, each with failover.
 //!
 //! [`Router`] is the whole of it for a caller. `unary` sends single requests, `sequence` owns what a sequence needs to
-//! survive its worker, `sessions` finds it by its id, `many` runs a request that is answered any number of times, `answered` remembers answers of requests that may come again, `stream` puts
-//! many requests on one stream, each answer in its place, `failover` keeps count of what a request has tried.
+//! survive its worker, `sessions` finds it by its id, `many` runs a request that is answered any number of times, `answered`
+//! remembers answers of requests that may come again, `stream` puts many requests on one stream, each answer in its place,
+//! `failover` keeps count of what a request has tried.
 mod answered;
 mod call;
 mod failover;
@@ -66,7 +67,8 @@ struct Checked {
 
 /// What a request is, once it is known whether it belongs to a sequence.
 enum Work {
-    Single(ModelInferRequest),
+    /// With what it is known by, if its caller may send it again. Boxed, as few are.
+    Single(ModelInferRequest, Option<Box<answered::Key>>),
     /// The session has it; this is where its answer comes.
     Sequence(oneshot::Receiver<Result<ModelInferResponse, Status>>),
 }
@@ -155,7 +157,7 @@ impl Router {
         let checked = self.0.check(request, deadline, true).await?;
         match self.0.begin(checked, options).await? {
             Work::Sequence(answer) => Ok(answer),
-            Work::Single(request) => {
+            Work::Single(request, _) => {
                 let text = format!("model '{}' has no sequences: its configuration lacks sequence_batching", request.model_name);
                 Err(Reason::InvalidArgument.status(text))
             }
@@ -178,7 +180,7 @@ impl Inner {
         let deadline = self.deadline(options);
         let checked = self.check(request, deadline, true).await?;
         match self.begin(checked, options).await? {
-            Work::Single(request) => unary::infer(self, request, options, deadline).await,
+            Work::Single(request, key) => unary::infer(self, request, key, options, deadline).await,
             Work::Sequence(answer) => received(answer).await,
         }
     }
@@ -203,28 +205,23 @@ impl Inner {
     async fn begin(self: &Arc<Self>, checked: Checked, options: &CallOptions) -> Result<Work, Status> {
         let Checked { request, parameters, route, version, deadline } = checked;
         if !route.stateful {
-            return Ok(Work::Single(request));
+            let key = parameters.request_id.map(|id| Box::new(answered::Key::of(&request, id)));
+            return Ok(Work::Single(request, key));
         }
         sessions::submit(self, &route, version, request, parameters, options, deadline).await.map(Work::Sequence)
     }
 
     /// The route of a model; waits for the first table if none has come yet.
     async fn route(&self, name: &str, version: Version, deadline: Instant) -> Result<Arc<ModelRoute>, Status> {
-        {
-            let table = self.routes.borrow();
-            if table.is_received() {
-                return lookup(&table, name, &version).cloned();
-            }
-        }
-        let mut routes = self.routes.clone();
-        let patience = deadline.min(Instant::now() + self.settings.route_wait);
-        let table = match tokio::time::timeout_at(patience, routes.wait_for(|table| table.is_received())).await {
-            Ok(Ok(table)) => Arc::clone(&table),
-            Ok(Err(_)) | Err(_) => {
+        if !self.routes.borrow().is_received() {
+            let mut routes = self.routes.clone();
+            let patience = deadline.min(Instant::now() + self.settings.route_wait);
+            let received = tokio::time::timeout_at(patience, routes.wait_for(|table| table.is_received())).await;
+            if !matches!(received, Ok(Ok(_))) {
                 return Err(Reason::NoReplica.status("no routes are known yet: no coordinator has sent any"));
             }
-        };
-        lookup(&table, name, &version).cloned()
+        }
+        lookup(&self.routes.borrow(), name, &version).cloned()
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::{sync::watch, task::JoinSet};
 
 use crate::{
     failover::{expected, speakers},
-    support::{Load, PATIENCE, Target, cluster, command, holders, others, plus_one},
+    support::{Load, PATIENCE, Target, busiest, cluster, command, holders, others, plus_one},
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -64,11 +64,7 @@ async fn sequences_go_on_elsewhere_when_their_worker_leaves() {
         speaking.spawn(async move { (number, speaker.speak(stage).await) });
     }
     assert!(stage.more(4 * 60, PATIENCE).await);
-    let busiest = |status: &StatusResponse| {
-        let busiest = status.workers.iter().max_by_key(|worker| worker.sequences_live)?;
-        (busiest.sequences_live > 0).then(|| busiest.id.clone())
-    };
-    let leaving = cluster.wait_for("a worker with live sequences", PATIENCE, busiest).await.unwrap();
+    let (leaving, _) = cluster.wait_for("a worker with live sequences", PATIENCE, busiest).await.unwrap();
     let drained = command(&cluster, &["--timeout", "20s", "drain", &leaving, "--wait"]);
     assert_eq!(drained.code, Some(0), "{drained:?}");
     let mut tally = Tally::default();

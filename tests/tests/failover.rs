@@ -7,7 +7,7 @@ use std::{
 
 use cresset_client::CressetClient;
 use cresset_proto::{
-    admin::v1::{DeployRequest, StatusResponse, WorkerState},
+    admin::v1::{DeployRequest, WorkerState},
     tensor::{Datatype, Tensor},
 };
 use cresset_tests::{
@@ -19,7 +19,7 @@ use cresset_tests::{
 };
 use tokio::{sync::watch, task::JoinSet};
 
-use crate::support::{Load, PATIENCE, Target, admin, cluster, holders, inference, others, plus_one, until_ready};
+use crate::support::{Load, PATIENCE, Target, admin, busiest, cluster, holders, inference, others, plus_one, until_ready};
 
 /// Judged dead in 2.5 s; the rest is for a machine that does other things too.
 const VERDICT_MAX: Duration = Duration::from_millis(2_500 + 2_500);
@@ -154,10 +154,6 @@ async fn sequences_survive_their_worker_and_then_the_leader() {
         speaking.spawn(async move { (number, speaker.speak(stage).await) });
     }
     assert!(stage.more(4 * 75, PATIENCE).await);
-    let busiest = |status: &StatusResponse| {
-        let busiest = status.workers.iter().max_by_key(|worker| worker.sequences_live)?;
-        (busiest.sequences_live > 0).then(|| (busiest.id.clone(), busiest.sequences_live))
-    };
     let (victim, held) = cluster.wait_for("a worker with live sequences", PATIENCE, busiest).await.unwrap();
     let worker_killed = stage.now_us();
     cluster.kill(&victim).unwrap();

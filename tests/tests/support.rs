@@ -91,6 +91,12 @@ pub fn holders(status: &StatusResponse, model: &str) -> Vec<String> {
     ids
 }
 
+/// The worker with the most live sequences, and how many those are; `None` while there are none.
+pub fn busiest(status: &StatusResponse) -> Option<(String, u64)> {
+    let busiest = status.workers.iter().max_by_key(|worker| worker.sequences_live)?;
+    (busiest.sequences_live > 0).then(|| (busiest.id.clone(), busiest.sequences_live))
+}
+
 /// Ids of coordinators other than this one.
 pub fn others(cluster: &Cluster, id: &str) -> Vec<String> {
     cluster.file().coordinators.iter().map(|member| member.id.clone()).filter(|other| other != id).collect()

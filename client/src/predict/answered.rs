@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use cresset_proto::inference::ModelInferResponse;
+use cresset_proto::inference::{ModelInferRequest, ModelInferResponse};
 use parking_lot::Mutex;
 use prost::Message;
 use tokio::sync::Mutex as AsyncMutex;
@@ -20,9 +20,15 @@ const ENTRY_BYTES: usize = 256;
 /// Which request it is: a model, a version as the caller wrote it, and the id.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Key {
-    pub(super) model: String,
-    pub(super) version: String,
-    pub(super) id: String,
+    model: String,
+    version: String,
+    id: String,
+}
+
+impl Key {
+    pub(super) fn of(request: &ModelInferRequest, id: String) -> Self {
+        Self { model: request.model_name.clone(), version: request.model_version.clone(), id }
+    }
 }
 
 /// How much is remembered.
@@ -53,8 +59,8 @@ impl Answered {
         run: impl Future<Output = Result<ModelInferResponse, Status>>,
     ) -> Result<ModelInferResponse, Status> {
         let place = self.0.lock().place(&key, now_ms());
-        let at_work = AtWork { answered: self, key, place: Arc::clone(&place) };
-        let mut answer = place.lock().await;
+        let at_work = AtWork { answered: self, key, place };
+        let mut answer = at_work.place.lock().await;
         if let Some(known) = &*answer {
             return Ok(known.clone());
         }
@@ -108,8 +114,8 @@ impl Memory {
 
     fn leave(&mut self, key: &Key, place: &Arc<Place>) {
         let is_remembered = || place.try_lock().is_ok_and(|answer| answer.is_some());
-        // The map's own, and up to two of the one who leaves.
-        if Arc::strong_count(place) <= 3 && !is_remembered() && self.places.get(key).is_some_and(|kept| Arc::ptr_eq(kept, place))
+        // The map's own, and that of the one who leaves.
+        if Arc::strong_count(place) <= 2 && !is_remembered() && self.places.get(key).is_some_and(|kept| Arc::ptr_eq(kept, place))
         {
             self.places.remove(key);
         }

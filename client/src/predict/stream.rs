@@ -243,7 +243,7 @@ async fn begin(router: Arc<Inner>, options: Arc<CallOptions>, entry: Entry) -> B
     };
     async move {
         let result = match work {
-            Ok(Work::Single(request)) => unary::infer(&router, request, &options, deadline).await,
+            Ok(Work::Single(request, again)) => unary::infer(&router, request, again, &options, deadline).await,
             Ok(Work::Sequence(answer)) => received(answer).await,
             Err(status) => Err(status),
         };

@@ -2,11 +2,7 @@
 use std::{sync::Arc, time::Duration};
 
 use cresset_proto::{
-    inference::{
-        ModelInferRequest, ModelInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
-        infer_parameter::ParameterChoice,
-    },
-    parameters::keys,
+    inference::{ModelInferRequest, ModelInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient},
     reason::Reason,
 };
 use tokio::time::Instant;
@@ -28,21 +24,18 @@ use crate::{
 /// An error so close to the deadline is the deadline's: the worker and tonic watch it too, with timers of their own.
 const DEADLINE_GRAIN: Duration = Duration::from_millis(2);
 
-/// Runs the request, or says in a caller's words why not. One that has an id of its own is run once.
+/// Runs the request, or says in a caller's words why not. One that has a key is run once.
 pub(super) async fn infer(
     router: &Inner,
     request: ModelInferRequest,
+    key: Option<Box<Key>>,
     options: &CallOptions,
     deadline: Instant,
 ) -> Result<ModelInferResponse, Status> {
-    let id = match request.parameters.get(keys::REQUEST_ID).and_then(|parameter| parameter.parameter_choice.as_ref()) {
-        Some(ParameterChoice::StringParam(id)) if !id.is_empty() => id.clone(),
-        _ => return run(router, request, options, deadline).await,
-    };
+    let Some(key) = key else { return run(router, request, options, deadline).await };
     let (model, own_id) = (request.model_name.clone(), request.id.clone());
-    let key = Key { model: model.clone(), version: request.model_version.clone(), id };
     // Boxed: few requests have one, and the others' futures needn't be any larger for it.
-    let once = Box::pin(router.answered.once(key, || router.now_ms(), run(router, request, options, deadline)));
+    let once = Box::pin(router.answered.once(*key, || router.now_ms(), run(router, request, options, deadline)));
     let answer = tokio::time::timeout_at(deadline, once).await.unwrap_or_else(|_| Err(deadline_exceeded(&model)))?;
     Ok(ModelInferResponse { id: own_id, ..answer })
 }

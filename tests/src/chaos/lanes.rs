@@ -131,7 +131,7 @@ impl Caller {
                 address += 1;
                 // The requests of a sequence are nothing without those before.
                 if !self.kind.is_sequence() {
-                    first = (pass.first + unanswered(&pass, self.kind.parts())) % self.inputs.len();
+                    first = (pass.first + answered(&pass, self.kind.parts())) % self.inputs.len();
                 }
                 if pass.delivered.is_empty() {
                     tokio::time::sleep(PAUSE).await;
@@ -208,7 +208,7 @@ impl Caller {
 }
 
 /// How many requests at the beginning of a pass have all their responses.
-fn unanswered(pass: &Pass, parts: usize) -> usize {
+fn answered(pass: &Pass, parts: usize) -> usize {
     let mut got = vec![0; pass.sent.len()];
     for ordinal in pass.delivered.iter().filter_map(|response| response.ordinal) {
         if let Some(got) = got.get_mut(ordinal) {

@@ -1,4 +1,6 @@
 //! The parameters that say how calls run: how long one may take, and on how many threads.
+use std::{ops::RangeInclusive, str::FromStr};
+
 use super::{Contract, ContractError, refuse};
 
 /// The parameter that bounds a call's time, in ms.
@@ -8,35 +10,39 @@ const EXECUTION_MS_MAX: u64 = 3_600_000;
 /// Threads inside one operation; the name is that of Triton's backend for PyTorch.
 const INTRA_OP_THREADS: &str = "INTRA_OP_THREAD_COUNT";
 /// Most of them.
-const INTRA_OP_THREADS_MAX: u16 = 1_024;
+const INTRA_OP_THREADS_MAX: u64 = 1_024;
 
 impl Contract {
     /// How long one call may run, in ms; 0 for any time, `None` if the configuration doesn't say.
     pub fn execution_max_ms(&self) -> Option<u64> {
-        self.parameters.get(EXECUTION_MAX)?.trim().parse().ok()
+        self.number(EXECUTION_MAX)
     }
 
     /// How many threads compute inside one operation on a processor: what the configuration says, else what each instance gets of
     /// the worker's `threads`.
     pub fn intra_op_threads(&self, threads: u16) -> u16 {
-        let said = self.parameters.get(INTRA_OP_THREADS).and_then(|text| text.trim().parse().ok());
         let instances = u16::try_from(self.instances_total()).unwrap_or(u16::MAX);
-        said.unwrap_or_else(|| (threads / instances).max(1))
+        self.number(INTRA_OP_THREADS).unwrap_or_else(|| (threads / instances).max(1))
     }
 
     pub(super) fn execution_is_right(&self) -> Result<(), ContractError> {
-        let wrong = |key: &str, limits: &str| match self.parameters.get(key) {
-            Some(text) => refuse(format!("parameter '{key}' is '{text}', it must be from {limits}")),
-            None => Ok(()),
-        };
-        if self.execution_max_ms().is_none_or(|limit_ms| limit_ms > EXECUTION_MS_MAX) {
-            wrong(EXECUTION_MAX, &format!("0 (no limit) to {EXECUTION_MS_MAX}"))?;
+        self.is_within(EXECUTION_MAX, 0..=EXECUTION_MS_MAX, " (no limit)")?;
+        self.is_within(INTRA_OP_THREADS, 1..=INTRA_OP_THREADS_MAX, "")
+    }
+
+    fn number<T: FromStr>(&self, key: &str) -> Option<T> {
+        self.parameters.get(key)?.trim().parse().ok()
+    }
+
+    /// Whether a parameter is a number between these limits, or isn't there; `least` says what its least value means.
+    fn is_within(&self, key: &str, limits: RangeInclusive<u64>, least: &str) -> Result<(), ContractError> {
+        match self.parameters.get(key) {
+            Some(text) if self.number(key).is_none_or(|number| !limits.contains(&number)) => {
+                let (from, to) = (limits.start(), limits.end());
+                refuse(format!("parameter '{key}' is '{text}', it must be from {from}{least} to {to}"))
+            }
+            _ => Ok(()),
         }
-        let threads = self.parameters.get(INTRA_OP_THREADS).and_then(|text| text.trim().parse::<u16>().ok());
-        if threads.is_none_or(|threads| !(1..=INTRA_OP_THREADS_MAX).contains(&threads)) {
-            wrong(INTRA_OP_THREADS, &format!("1 to {INTRA_OP_THREADS_MAX}"))?;
-        }
-        Ok(())
     }
 }
 

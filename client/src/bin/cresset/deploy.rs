@@ -25,7 +25,7 @@ use crate::{
     status::Report,
 };
 
-const WAIT_DEFAULT: Duration = Duration::from_secs(60);
+pub(crate) const WAIT_DEFAULT: Duration = Duration::from_secs(60);
 
 /// Flags of `cresset deploy`.
 #[derive(clap::Args)]

@@ -7,14 +7,11 @@ use tokio::time::timeout;
 
 use crate::{
     connect::{Cluster, request},
-    deploy::command_id,
+    deploy::{WAIT_DEFAULT, command_id},
     output::{self, Format},
     settings::Settings,
     status::{Report, Worker},
 };
-
-/// How long `--wait` waits unless it is told.
-const WAIT_DEFAULT: Duration = Duration::from_secs(60);
 
 /// Flags of `cresset drain`.
 #[derive(clap::Args)]
@@ -78,20 +75,20 @@ async fn wait_empty(cluster: &Cluster, worker: &str, accepted: &DrainWorkerRespo
             if report.epoch < accepted.epoch {
                 continue;
             }
-            let left = report.workers.iter().find(|known| known.id == worker);
-            match left.map(|left| holds(left, accepted.incarnation)) {
-                Some(Some(models)) if models.is_empty() => return Ok(()),
-                Some(Some(models)) => held = models.join(", "),
-                Some(None) | None => return Err(DrainError::Ended { worker: worker.to_owned() }),
+            let leaving = report.workers.iter().find(|known| known.id == worker && is_life(known, accepted.incarnation));
+            let leaving = leaving.ok_or_else(|| DrainError::Ended { worker: worker.to_owned() })?;
+            if leaving.replicas.is_empty() {
+                return Ok(());
             }
+            let names = leaving.replicas.iter().map(|replica| format!("{}/{}", replica.model, replica.version));
+            held = names.collect::<Vec<_>>().join(", ");
         }
     };
     let outcome = timeout(limit, follow).await;
     outcome.unwrap_or_else(|_| Err(DrainError::TimedOut { worker: worker.to_owned(), held, after: limit }))
 }
 
-/// What this life of a worker holds; `None` if it is over.
-fn holds(worker: &Worker, incarnation: u64) -> Option<Vec<String>> {
-    let lives = worker.incarnation == incarnation && worker.state != "dead";
-    lives.then(|| worker.replicas.iter().map(|replica| format!("{}/{}", replica.model, replica.version)).collect())
+/// Whether this life of a worker isn't over.
+fn is_life(worker: &Worker, incarnation: u64) -> bool {
+    worker.incarnation == incarnation && worker.state != "dead"
 }

@@ -35,8 +35,8 @@ const WAITING_CONNECTIONS_MAX: usize = 64;
 /// How long no connection is taken after the system refused one, for want of files most likely.
 const PAUSE_AFTER_REFUSAL: Duration = Duration::from_millis(50);
 
-/// Serves gRPC on a thread for each of `lanes`, which has its services, until `stop` is cancelled; then lets open calls finish within
-/// `limits.drain`.
+/// Serves gRPC on a thread for each of `lanes`, which has its services, until `stop` is cancelled; then lets open calls finish
+/// within `limits.drain`.
 ///
 /// # Errors
 /// [`Error::Grpc`], [`Error::Lane`].
