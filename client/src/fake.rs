@@ -531,4 +531,22 @@ impl AdminService for FakeCoordinator {
     async fn repository(&self, _: Request<admin::RepositoryRequest>) -> Result<Response<admin::RepositoryResponse>, Status> {
         Err(Status::unimplemented("not asked here"))
     }
+
+    async fn members(&self, _: Request<admin::MembersRequest>) -> Result<Response<admin::MembersResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn change_members(
+        &self,
+        _: Request<admin::ChangeMembersRequest>,
+    ) -> Result<Response<admin::ChangeMembersResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn transfer_leadership(
+        &self,
+        _: Request<admin::TransferLeadershipRequest>,
+    ) -> Result<Response<admin::TransferLeadershipResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
 }

@@ -17,7 +17,13 @@ pub const PROGRAM: Program = Program {
     settings: &[
         Setting::new("id", None, "ID", "This coordinator's name among the peers: c1, c2, ..."),
         Setting::new("cluster-id", None, "NAME", "The cluster's name; coordinators of other clusters are refused"),
-        Setting::new("peers", None, "LIST", "All coordinators, this one included: c1=HOST:PORT,c2=HOST:PORT,..."),
+        Setting::new("peers", None, "LIST", "The coordinators that found the cluster, this one included: c1=HOST:PORT,c2=..."),
+        Setting::new(
+            "join",
+            Some("false"),
+            "BOOL",
+            "With an empty folder: wait to be added to a running cluster (cresset member add). --peers names its members and this one",
+        ),
         Setting::new("data-dir", None, "DIR", "Where the log and the snapshots live"),
         Setting::new("model-repository", None, "DIR", "The model repository's folder"),
         Setting::new("grpc", Some("127.0.0.1:8001"), "HOST:PORT", "The public port: predictions and administration"),
@@ -52,8 +58,10 @@ pub struct Config {
     pub id: PeerId,
     /// The cluster's name.
     pub cluster_id: String,
-    /// Peer addresses of all coordinators.
+    /// Peer addresses of the founders; of one that joins, of itself and those that it joins.
     pub peers: BTreeMap<PeerId, String>,
+    /// An empty folder joins a cluster, rather than to found one.
+    pub join: bool,
     /// Where the log lives.
     pub data_dir: PathBuf,
     /// The model repository's folder.
@@ -137,6 +145,7 @@ impl Config {
             id: id.unwrap_or(PeerId(0)),
             cluster_id: settings.required("cluster-id"),
             peers,
+            join: settings.required("join"),
             data_dir: settings.required("data-dir"),
             model_repository,
             grpc: settings.required("grpc"),
@@ -165,6 +174,7 @@ impl Config {
     pub fn consensus(&self) -> consensus::Settings {
         let peers = self.peers.iter().map(|(id, address)| (id.0, address.clone())).collect();
         consensus::Settings {
+            join: self.join,
             tick: self.tick,
             snapshot_entries: self.snapshot_entries,
             ..consensus::Settings::new(&self.cluster_id, self.id.0, peers, &self.data_dir)

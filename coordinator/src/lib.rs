@@ -33,7 +33,12 @@ use tokio::{net::TcpListener, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
-use crate::{config::Config, consensus::Consensus, services::Context, store::Store};
+use crate::{
+    config::Config,
+    consensus::{Consensus, TransferError},
+    services::Context,
+    store::Store,
+};
 
 /// How long a coordinator that stops tries to hand over leadership.
 const HAND_OVER: Duration = Duration::from_secs(1);
@@ -89,7 +94,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     tasks.spawn(closing.clone().run_until_cancelled_owned(announce(consensus.clone(), config.id, info)));
 
     let router = gateway::router(&consensus, RouterSettings::default(), &tasks, &closing);
-    let others = config.peers.iter().filter(|(id, _)| **id != config.id).map(|(_, address)| address.clone()).collect();
+    let others = others(&consensus, &config);
     let store = Store::open(&config.data_dir.join("files"), &config.cluster_id, others).map_err(Error::Store)?;
     tasks.spawn(store.clone().follow(consensus.clone(), closing.clone()));
     let repository = Repository::new(&config.model_repository);
@@ -121,7 +126,12 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     };
     if ended.is_none() {
         server::set_health(&public_health, SERVICE_NAME, server::ServingStatus::NotServing).await;
-        consensus.transfer_leadership(Instant::now() + HAND_OVER).await;
+        match consensus.transfer_here(None, Instant::now() + HAND_OVER).await {
+            Ok(leader) => tracing::info!(leader = %PeerId(leader), "handed over leadership"),
+            Err(TransferError::NotLeader { .. }) => {}
+            // The others elect a leader by themselves, a moment later.
+            Err(error) => tracing::warn!(%error, "couldn't hand over leadership"),
+        }
     }
     closing.cancel();
     consensus.stop().await;
@@ -133,6 +143,18 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     }
     tracing::info!(coordinator = %config.id, "stopped");
     Ok(())
+}
+
+/// Where the other coordinators are: as they announced it, until then as the settings say.
+fn others(consensus: &Consensus, config: &Config) -> store::Others {
+    let (consensus, id, settings) = (consensus.clone(), config.id, config.peers.clone());
+    Box::new(move || {
+        let state = consensus.state();
+        let members = state.members.all();
+        let address =
+            |peer: &PeerId| state.peers.get(peer).map(|info| &info.peer_address).or_else(|| settings.get(peer)).cloned();
+        members.iter().filter(|peer| **peer != id).filter_map(address).collect()
+    })
 }
 
 async fn logged(port: &'static str, server: impl Future<Output = Result<(), server::Error>>) {

@@ -2,6 +2,7 @@
 mod admin;
 mod deploy;
 mod inference;
+mod members;
 mod routes;
 mod settings;
 mod statistics;
@@ -118,6 +119,7 @@ fn propose_status(error: &ProposeError) -> Status {
     let reason = match error {
         ProposeError::NotLeader { .. } | ProposeError::Overloaded | ProposeError::Shutdown => Reason::NoLeader,
         ProposeError::Indeterminate { .. } | ProposeError::Unreachable { .. } => Reason::Indeterminate,
+        ProposeError::MembersChanging | ProposeError::Refused { .. } => Reason::Conflict,
         ProposeError::TooLarge { .. } => Reason::InvalidArgument,
     };
     reason.status(error.to_string())
@@ -127,9 +129,14 @@ fn reject_status(reject: &Reject) -> Status {
     let reason = match reject {
         Reject::Invalid { .. } => Reason::InvalidArgument,
         Reject::UnknownWorker { .. } | Reject::UnknownModel { .. } | Reject::UnknownVersion { .. } => Reason::UnknownModel,
-        Reject::StaleIncarnation { .. } | Reject::StalePlan { .. } | Reject::TooMany { .. } | Reject::Labelled { .. } => {
-            Reason::Conflict
-        }
+        Reject::AlreadyMember { .. } => Reason::AlreadyExists,
+        Reject::StaleIncarnation { .. }
+        | Reject::StalePlan { .. }
+        | Reject::TooMany { .. }
+        | Reject::Labelled { .. }
+        | Reject::NotAMember { .. }
+        | Reject::PeerIdUsed { .. }
+        | Reject::MembersChanging => Reason::Conflict,
     };
     reason.status(reject.to_string())
 }

@@ -87,17 +87,18 @@ impl StoreError {
 }
 
 /// The archives of this coordinator. Clones are handles to the same ones.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Store {
     inner: Arc<Inner>,
 }
 
-#[derive(Debug)]
+/// Tells the peer addresses of the other coordinators, as they are now.
+pub type Others = Box<dyn Fn() -> Vec<String> + Send + Sync>;
+
 struct Inner {
     folder: PathBuf,
     cluster_id: String,
-    /// Peer addresses of the other coordinators.
-    others: Vec<String>,
+    others: Others,
     /// Archives that no deployment has named yet, with the time when each came.
     unnamed: Mutex<BTreeMap<String, Instant>>,
 }
@@ -112,7 +113,7 @@ impl Store {
     ///
     /// # Errors
     /// When the folder can't be made or read.
-    pub fn open(folder: &Path, cluster_id: &str, others: Vec<String>) -> io::Result<Self> {
+    pub fn open(folder: &Path, cluster_id: &str, others: Others) -> io::Result<Self> {
         fs::create_dir_all(folder)?;
         let mut unnamed = BTreeMap::new();
         for entry in fs::read_dir(folder)? {
@@ -192,13 +193,14 @@ impl Store {
     pub async fn spread(&self, archive: &Archive) -> Result<(), Status> {
         let pieces: Vec<_> = archive.parts.iter().cloned().flat_map(chunks).map(Ok).collect();
         self.keep(&archive.digest, stream::iter(pieces)).await?;
-        let gives = self.inner.others.iter().map(|address| async move {
+        let others = (self.inner.others)();
+        let gives = others.iter().map(|address| async move {
             let given = timeout(TRANSFER_TIMEOUT, self.give(address, archive)).await;
             let given = given.unwrap_or_else(|_| Err(Status::deadline_exceeded("took too long")));
             given.map_err(|status| format!("{address}: {}", status.message()))
         });
         let problems: Vec<String> = join_all(gives).await.into_iter().filter_map(Result::err).collect();
-        let all = self.inner.others.len() + 1;
+        let all = others.len() + 1;
         let kept = all - problems.len();
         if kept * 2 > all { Ok(()) } else { Err(StoreError::NoMajority { kept, all, problems: problems.join("; ") }.status()) }
     }
@@ -215,9 +217,9 @@ impl Store {
     /// Fetches an archive from another coordinator.
     async fn fetch(&self, digest: &str) -> Result<(), Status> {
         let mut last = Status::unavailable("there is no other coordinator");
-        for address in &self.inner.others {
+        for address in (self.inner.others)() {
             let fetched = async {
-                let pieces = client(address).await?.get(GetRequest { digest: digest.to_owned() }).await?.into_inner();
+                let pieces = client(&address).await?.get(GetRequest { digest: digest.to_owned() }).await?.into_inner();
                 self.keep(digest, pieces.map(|piece| piece.map(|piece| piece.data))).await
             };
             match timeout(TRANSFER_TIMEOUT, fetched).await.unwrap_or_else(|_| Err(Status::deadline_exceeded("took too long"))) {
@@ -328,6 +330,10 @@ impl FilesService for Store {
 mod tests {
     use super::*;
 
+    fn alone() -> Others {
+        Box::new(Vec::new)
+    }
+
     fn archive(content: &'static [u8]) -> Archive {
         Archive::of(&[("model.pt".to_owned(), Bytes::from_static(content))].into())
     }
@@ -335,7 +341,7 @@ mod tests {
     #[tokio::test]
     async fn an_archive_is_kept_until_no_deployment_names_it() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path(), "c", vec![]).unwrap();
+        let store = Store::open(folder.path(), "c", alone()).unwrap();
         let (one, two) = (archive(b"one"), archive(b"two"));
         store.spread(&one).await.unwrap();
         store.spread(&two).await.unwrap();
@@ -344,7 +350,7 @@ mod tests {
         store.sweep(&[one.digest.clone(), two.digest.clone()].into()).unwrap();
         store.sweep(&[one.digest.clone()].into()).unwrap();
         assert!(store.has(&one.digest) && !store.has(&two.digest));
-        let again = Store::open(folder.path(), "c", vec![]).unwrap();
+        let again = Store::open(folder.path(), "c", alone()).unwrap();
         again.sweep(&BTreeSet::new()).unwrap();
         assert!(again.has(&one.digest), "the log hasn't been read yet");
     }
@@ -352,7 +358,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_not_what_it_says_is_not_kept() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path(), "c", vec![]).unwrap();
+        let store = Store::open(folder.path(), "c", alone()).unwrap();
         let wrong = Archive { digest: "0".repeat(64), ..archive(b"one") };
         let refused = store.spread(&wrong).await.unwrap_err();
         assert!(refused.message().contains("SHA-256"), "{refused:?}");
@@ -365,7 +371,7 @@ mod tests {
     async fn a_minority_is_not_enough() {
         let folder = tempfile::tempdir().unwrap();
         let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
-        let store = Store::open(folder.path(), "c", vec![closed.clone(), closed]).unwrap();
+        let store = Store::open(folder.path(), "c", Box::new(move || vec![closed.clone(), closed.clone()])).unwrap();
         let refused = store.spread(&archive(b"one")).await.unwrap_err();
         assert_eq!(refused.code(), tonic::Code::Unavailable);
         assert!(refused.message().starts_with("only 1 of 3 coordinators"), "{refused:?}");

@@ -13,6 +13,7 @@ mod health;
 mod house;
 mod in_process;
 mod lifecycle;
+mod members;
 mod oracle;
 mod outage;
 mod settings;

@@ -13,6 +13,7 @@ mod deployments;
 use crate::{
     Command, CommandBody, Outcome, PeerId, Reject, WorkerId,
     command::{DEVICES_MAX, MOVES_MAX, PEERS_MAX, REASON_BYTES_MAX, Registration, ReplicaReport, TEXT_BYTES_MAX, WORKERS_MAX},
+    members::{self, MemberChange},
     placement::Shard,
     state::{ClusterState, Epoch, Incarnation, PeerInfo, Replica, ReplicaId, ReplicaState, Worker, WorkerState},
 };
@@ -31,6 +32,11 @@ pub enum Effect {
         worker: WorkerId,
         /// The smallest incarnation that is still accepted.
         incarnation_min: Incarnation,
+    },
+    /// The members change. Not informative only: whoever keeps the members has to follow it, at this very entry.
+    MembersChanged {
+        /// How.
+        change: MemberChange,
     },
 }
 
@@ -57,6 +63,7 @@ pub fn apply(state: &mut ClusterState, command: &Command) -> (Outcome, Vec<Effec
 fn change(state: &mut ClusterState, body: &CommandBody, effects: &mut Vec<Effect>) -> Result<Outcome, Reject> {
     match body {
         CommandBody::AnnouncePeer { peer, info } => announce_peer(state, *peer, info)?,
+        CommandBody::ChangeMembers(change) => members::change(state, change, effects)?,
         CommandBody::RegisterWorker(registration) => register(state, registration, effects)?,
         CommandBody::DrainWorker { worker, incarnation } => drain(state, worker, *incarnation)?,
         CommandBody::MarkDead { worker, incarnation, .. } => mark_dead(state, worker, *incarnation, effects)?,
@@ -77,6 +84,9 @@ fn announce_peer(state: &mut ClusterState, peer: PeerId, info: &PeerInfo) -> Res
     check_text("grpc_address", &info.grpc_address)?;
     check_text("http_address", &info.http_address)?;
     check_text("peer_address", &info.peer_address)?;
+    if !state.members.contains(peer) {
+        return Err(Reject::NotAMember { peer });
+    }
     if state.peers.get(&peer) == Some(info) {
         return Ok(());
     }
@@ -268,7 +278,7 @@ fn living<'a>(state: &'a mut ClusterState, id: &WorkerId, incarnation: Incarnati
     }
 }
 
-fn advance(state: &mut ClusterState) -> Epoch {
+pub(crate) fn advance(state: &mut ClusterState) -> Epoch {
     state.epoch = state.epoch.saturating_add(1);
     state.epoch
 }
@@ -278,11 +288,11 @@ fn next_generation(state: &mut ClusterState) -> u64 {
     state.generation_last
 }
 
-fn check(holds: bool, field: &str, problem: impl Into<String>) -> Result<(), Reject> {
+pub(crate) fn check(holds: bool, field: &str, problem: impl Into<String>) -> Result<(), Reject> {
     if holds { Ok(()) } else { Err(Reject::Invalid { field: field.into(), problem: problem.into() }) }
 }
 
-fn check_text(field: &str, text: &str) -> Result<(), Reject> {
+pub(crate) fn check_text(field: &str, text: &str) -> Result<(), Reject> {
     check(text.len() <= TEXT_BYTES_MAX, field, format!("must be at most {TEXT_BYTES_MAX} bytes"))
 }
 
@@ -290,7 +300,7 @@ fn stale(worker: &WorkerId, incarnation: Incarnation, incarnation_min: Incarnati
     Reject::StaleIncarnation { worker: worker.clone(), incarnation, incarnation_min }
 }
 
-fn too_many(what: &str, max: usize) -> Reject {
+pub(crate) fn too_many(what: &str, max: usize) -> Reject {
     Reject::TooMany { what: what.into(), max: max as u64 }
 }
 

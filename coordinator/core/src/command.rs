@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     PeerId, WorkerId,
     codec::{self, DecodeError, blob},
+    members::MemberChange,
     state::{Device, Epoch, Generation, Incarnation, PeerInfo, ReplicaId, ReplicaState},
 };
 
@@ -21,8 +22,10 @@ pub const TEXT_BYTES_MAX: usize = 512;
 pub const REASON_BYTES_MAX: usize = 512;
 /// Largest encoded model configuration.
 pub const CONFIG_BYTES_MAX: usize = 1 << 20;
-/// Most coordinators that can announce themselves.
+/// Most coordinators, learners included.
 pub const PEERS_MAX: usize = 32;
+/// Most coordinators that vote.
+pub const VOTERS_MAX: usize = 9;
 /// Most workers that are remembered; the longest dead give way.
 pub const WORKERS_MAX: usize = 1_000;
 /// Most models that can be deployed, each version counted.
@@ -167,6 +170,8 @@ pub enum CommandBody {
         /// Where each label is to point; 0 takes it away.
         labels: BTreeMap<String, u64>,
     },
+    /// Add, promote or remove a coordinator.
+    ChangeMembers(MemberChange),
 }
 
 /// A worker, as it introduces itself.
@@ -412,6 +417,31 @@ pub enum Reject {
         /// The epoch at hand.
         epoch: Epoch,
     },
+    /// There is no such coordinator in the part that the change is about.
+    #[error("{peer} isn't a member, or not of that kind; `cresset member list` shows who is")]
+    NotAMember {
+        /// Who was named.
+        peer: PeerId,
+    },
+    /// The coordinator is what it is to become.
+    #[error("{peer} is a member already, or votes already; `cresset member list` shows who is")]
+    AlreadyMember {
+        /// Who was named.
+        peer: PeerId,
+    },
+    /// Ids are never used again.
+    #[error(
+        "{peer} can't be used: ids up to that of a removed coordinator aren't given again; take {next} or above, with an empty folder"
+    )]
+    PeerIdUsed {
+        /// Who was named.
+        peer: PeerId,
+        /// The smallest that is free.
+        next: PeerId,
+    },
+    /// One at a time.
+    #[error("another change of the members is under way; try again when it is done")]
+    MembersChanging,
     /// A bound of the state.
     #[error("there are {max} {what} already, which is the limit; remove one first")]
     TooMany {

@@ -9,6 +9,7 @@
 //! - [`command`]: what may be proposed, and how it was answered.
 //! - [`apply`](mod@apply): the only mutator.
 //! - [`snapshot`]: the state as bytes.
+//! - [`members`]: who the coordinators are that agree.
 //! - [`placement`]: which moves would bring the replicas closer to what is wanted.
 //! - [`liveness`]: who should be judged dead.
 //! - [`routes`]: what routers and workers are told.
@@ -20,6 +21,7 @@ pub mod apply;
 mod codec;
 pub mod command;
 pub mod liveness;
+pub mod members;
 pub mod placement;
 pub mod routes;
 pub mod snapshot;

@@ -68,12 +68,14 @@ pub fn routes(state: &ClusterState) -> RouteTable {
         grpc_address: worker.grpc_address.clone(),
         zone: worker.zone.clone(),
     });
+    // One that was just added hasn't said where it is.
+    let coordinators = state.peers.iter().filter(|(_, peer)| !peer.grpc_address.is_empty());
     RouteTable {
         epoch: state.epoch,
         models: models.collect(),
         labels: labels.collect(),
         workers: workers.collect(),
-        coordinators: state.peers.iter().map(|(id, peer)| (*id, peer.grpc_address.clone())).collect(),
+        coordinators: coordinators.map(|(id, peer)| (*id, peer.grpc_address.clone())).collect(),
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Plain data, the same on every peer. Nothing here decides; [`apply`](mod@crate::apply) is the only code that changes it.
 //! Absent on purpose: heartbeats, free memory and anything else that changes by itself. That lives on the leader.
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -11,6 +11,7 @@ use crate::{
     PeerId, WorkerId,
     codec::blob,
     command::{CommandId, Outcome},
+    members::Members,
 };
 
 /// One life of a worker process. Grows from life to life.
@@ -34,6 +35,15 @@ pub struct ClusterState {
     pub generation_last: Generation,
     /// Where each coordinator can be reached, as it announced it.
     pub peers: BTreeMap<PeerId, PeerInfo>,
+    /// Who agrees. Raft writes it down with the log and with each snapshot, so it isn't written here.
+    #[serde(skip)]
+    pub members: Members,
+    /// The coordinators that it was founded by; empty if an earlier version of Cresset founded it, or as long as it isn't known.
+    #[serde(default)]
+    pub founders: BTreeSet<PeerId>,
+    /// The highest id of a coordinator that was removed. No id up to it is ever given again.
+    #[serde(default)]
+    pub peer_removed_last: Option<PeerId>,
     /// Every worker that ever registered, dead ones included: their fences outlive them.
     pub workers: BTreeMap<WorkerId, Worker>,
     /// What is deployed: any number of versions of each name.
@@ -89,7 +99,7 @@ impl ClusterState {
     }
 }
 
-/// Where a coordinator can be reached.
+/// Where a coordinator can be reached. One that was added and hasn't announced itself yet has a `peer_address` only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerInfo {
     /// `host:port` of the public gRPC services.

@@ -2,7 +2,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    ClusterState, Command, CommandBody, CommandId, Outcome, WorkerId, apply,
+    ClusterState, Command, CommandBody, CommandId, Outcome, PeerId, WorkerId, apply,
     command::{Cause, DeploySet, DeploySpec, Registration, ReplicaReport, VersionSpec},
     placement,
     state::{Device, ReplicaId, ReplicaState},
@@ -34,6 +34,13 @@ pub(crate) fn registration(name: &str, incarnation: u64) -> Registration {
 
 pub(crate) fn register(state: &mut ClusterState, name: &str, incarnation: u64) -> Outcome {
     run(state, CommandBody::RegisterWorker(registration(name, incarnation)))
+}
+
+/// A cluster in which nothing has happened, of three coordinators.
+pub(crate) fn founded() -> ClusterState {
+    let mut state = ClusterState::new("test");
+    state.members.voters = (1..=3).map(PeerId).collect();
+    state
 }
 
 /// A cluster in which these workers registered, in their first life.

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cresset_core::Effect;
+use cresset_core::{CommandId, Effect, members::MemberChange};
 use tokio::sync::{broadcast, watch};
 use tracing::{debug, error, info, warn};
 
@@ -17,7 +17,7 @@ use super::{
     log::LogStore,
     machine::{Answer, Shared},
     node::{Envelope, Node, NodeError, RaftStatus, Role, Sink},
-    pending::{Pending, Reads},
+    pending::{Pending, ProposeReply, Reads},
     transport::Links,
 };
 
@@ -119,6 +119,7 @@ impl<L: LogStore> Driver<L> {
     fn turns(&mut self) -> Result<(), NodeError> {
         let mut tick_due = Instant::now() + self.tick;
         let mut housekeeping_due = Instant::now() + HOUSEKEEPING;
+        self.outbox.links.follow(&self.node.machine().state().read());
         // What was committed before a restart is applied before anybody is let in.
         self.settle()?;
         loop {
@@ -152,18 +153,7 @@ impl<L: LogStore> Driver<L> {
 
     fn take(&mut self, input: Input) -> Result<(), NodeError> {
         match input {
-            Input::Propose { id, command, reply } => {
-                if self.outbox.pending.waiters() >= self.waiters_max {
-                    let _ = reply.send(Err(ProposeError::Overloaded));
-                } else if self.outbox.pending.holds(id) {
-                    self.outbox.pending.wait(id, reply);
-                } else {
-                    match self.node.propose(command) {
-                        Ok(()) => self.outbox.pending.wait(id, reply),
-                        Err(why) => drop(reply.send(Err(why.into()))),
-                    }
-                }
-            }
+            Input::Propose { id, command, change, reply } => self.propose(id, command, change.as_ref(), reply),
             Input::Read { reply } => {
                 if self.outbox.reads.waiters() >= self.waiters_max {
                     let _ = reply.send(Err(ReadRefused::Overloaded));
@@ -187,11 +177,40 @@ impl<L: LogStore> Driver<L> {
                 debug!(peer, arrived, "snapshot sent");
                 self.node.report_snapshot(peer, arrived);
             }
-            Input::TransferLeadership => self.node.transfer_leader(),
+            Input::TransferLeadership { to, reply } => drop(reply.send(self.node.transfer_leader(to))),
+            Input::Members { reply } => drop(reply.send(self.node.members_seen())),
+            Input::Removed { by } => {
+                warn!(by, "a member of the cluster says that this coordinator was removed");
+                return Err(NodeError::Removed { id: self.node.status().id });
+            }
             // Handled by the loop.
             Input::Stop => {}
         }
         Ok(())
+    }
+
+    fn propose(&mut self, id: CommandId, command: Vec<u8>, change: Option<&MemberChange>, reply: ProposeReply) {
+        if self.outbox.pending.waiters() >= self.waiters_max {
+            return drop(reply.send(Err(ProposeError::Overloaded)));
+        }
+        if self.outbox.pending.holds(id) {
+            return self.outbox.pending.wait(id, reply);
+        }
+        let taken = match change {
+            None => self.node.propose(command),
+            Some(change) => {
+                // What was done is answered as it was then, before it is asked whether it could be done now.
+                let answered = self.node.machine().state().read().remembered.get(&id).cloned();
+                if let Some(outcome) = answered {
+                    return drop(reply.send(Ok(outcome)));
+                }
+                self.node.propose_change(command, change)
+            }
+        };
+        match taken {
+            Ok(()) => self.outbox.pending.wait(id, reply),
+            Err(why) => drop(reply.send(Err(why.into()))),
+        }
     }
 
     /// Does what the inputs ask for, and tells everybody where things stand.
@@ -199,6 +218,9 @@ impl<L: LogStore> Driver<L> {
         let node = &mut self.node;
         self.outbox.reads.ask(|context| node.read_index(context));
         node.on_ready(&mut self.outbox)?;
+        if node.status().applied != self.published.applied.borrow().index {
+            self.outbox.links.follow(&node.machine().state().read());
+        }
         for lost in std::mem::take(&mut self.outbox.lost) {
             match lost {
                 Lost::Message { to } => node.report_unreachable(to),
@@ -206,6 +228,9 @@ impl<L: LogStore> Driver<L> {
             }
         }
         self.publish();
+        if self.node.is_removed() {
+            return Err(NodeError::Removed { id: self.node.status().id });
+        }
         Ok(())
     }
 

@@ -227,11 +227,13 @@ impl LogStore for EngineLog {
         };
         let state = State::decode(&bytes).ok_or_else(|| self.damaged("its state record doesn't parse".to_owned()))?;
         self.check_watermark(state)?;
-        let snapshot: Snapshot = self
+        let snapshot: Option<Snapshot> = self
             .engine
             .get_message(REGION, SNAPSHOT)
-            .map_err(|error| self.damaged(format!("the snapshot doesn't parse: {error}")))?
-            .ok_or_else(|| self.damaged("the snapshot is missing".to_owned()))?;
+            .map_err(|error| self.damaged(format!("the snapshot doesn't parse: {error}")))?;
+        // One that joins has promised something before it has a snapshot: the term that it heard of.
+        let snapshot = snapshot.or_else(|| (state.snapshot_index == 0).then(Snapshot::default));
+        let snapshot = snapshot.ok_or_else(|| self.damaged("the snapshot is missing".to_owned()))?;
         let found = snapshot.get_metadata().index;
         let ordered = state.base_index <= found && found <= state.commit && state.commit <= state.last_index;
         if found != state.snapshot_index || !ordered {

@@ -27,6 +27,15 @@ pub enum ProposeError {
     /// It was not proposed: too many wait.
     #[error("too many commands wait for their commit; try again later")]
     Overloaded,
+    /// It was not proposed: it changes the members, as an earlier one still does.
+    #[error("another change of the members is under way; try again when it is done")]
+    MembersChanging,
+    /// It was not proposed: as things are, it would do harm.
+    #[error("{problem}")]
+    Refused {
+        /// Why, and what can be done.
+        problem: String,
+    },
     /// It can't be proposed.
     #[error("the command has {bytes} bytes, at most {COMMAND_BYTES_MAX} are taken")]
     TooLarge {
@@ -50,8 +59,12 @@ impl ProposeError {
     /// Whether proposing the same command here again can help.
     pub fn retryable(&self) -> bool {
         match self {
-            Self::NotLeader { .. } | Self::Indeterminate { .. } | Self::Overloaded | Self::Unreachable { .. } => true,
-            Self::TooLarge { .. } | Self::Shutdown => false,
+            Self::NotLeader { .. }
+            | Self::Indeterminate { .. }
+            | Self::Overloaded
+            | Self::MembersChanging
+            | Self::Unreachable { .. } => true,
+            Self::Refused { .. } | Self::TooLarge { .. } | Self::Shutdown => false,
         }
     }
 
@@ -60,6 +73,8 @@ impl ProposeError {
             Self::NotLeader { leader } => (Code::FailedPrecondition, *leader),
             Self::Indeterminate { leader } => (Code::Aborted, *leader),
             Self::Overloaded => (Code::ResourceExhausted, None),
+            Self::MembersChanging => (Code::OutOfRange, None),
+            Self::Refused { .. } => (Code::PermissionDenied, None),
             Self::TooLarge { .. } => (Code::InvalidArgument, None),
             Self::Unreachable { .. } => (Code::Unknown, None),
             Self::Shutdown => (Code::Unavailable, None),
@@ -73,6 +88,8 @@ impl ProposeError {
             Code::FailedPrecondition => Self::NotLeader { leader: leader_of(status) },
             Code::Aborted => Self::Indeterminate { leader: leader_of(status) },
             Code::ResourceExhausted => Self::Overloaded,
+            Code::OutOfRange => Self::MembersChanging,
+            Code::PermissionDenied => Self::Refused { problem: status.message().to_owned() },
             Code::InvalidArgument => Self::TooLarge { bytes },
             // A peer that is ending, or a connection that broke: the command may have got through.
             _ => Self::Unreachable { leader: asked, problem: status.message().to_owned() },
@@ -86,6 +103,8 @@ impl From<NotTaken> for ProposeError {
             NotTaken::NotLeader { leader } => Self::NotLeader { leader },
             NotTaken::Changing => Self::NotLeader { leader: None },
             NotTaken::Overloaded => Self::Overloaded,
+            NotTaken::MembersChanging => Self::MembersChanging,
+            NotTaken::Refused(refusal) => Self::Refused { problem: refusal.to_string() },
             NotTaken::TooLarge { bytes } => Self::TooLarge { bytes },
         }
     }
@@ -153,7 +172,63 @@ impl From<NotTaken> for ReadRefused {
         match why {
             NotTaken::NotLeader { leader } => Self::NotLeader { leader },
             NotTaken::Changing => Self::NotLeader { leader: None },
-            NotTaken::Overloaded | NotTaken::TooLarge { .. } => Self::Overloaded,
+            // Only the first of these is an answer to a read.
+            NotTaken::Overloaded | NotTaken::TooLarge { .. } | NotTaken::MembersChanging | NotTaken::Refused(_) => {
+                Self::Overloaded
+            }
+        }
+    }
+}
+
+/// Why leadership wasn't handed over.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TransferError {
+    /// The peer that was asked doesn't lead.
+    #[error("no leader could be asked to hand over; try again in a moment")]
+    NotLeader {
+        /// Who does, as far as it knows.
+        leader: Option<u64>,
+    },
+    /// As things are, it can't be.
+    #[error("{problem}")]
+    Refused {
+        /// Why, and what can be done.
+        problem: String,
+    },
+    /// It was begun, and nobody has taken over in time. The leader goes on then.
+    #[error("nobody took over in time; `cresset status` shows who leads")]
+    TimedOut,
+    /// The leader could not be asked, or its answer was lost.
+    #[error("the leader c{leader} doesn't answer: {problem}")]
+    Unreachable {
+        /// Who was asked.
+        leader: u64,
+        /// What went wrong.
+        problem: String,
+    },
+    /// This coordinator is ending.
+    #[error("this coordinator is shutting down")]
+    Shutdown,
+}
+
+impl TransferError {
+    pub(super) fn to_status(&self) -> Status {
+        let (code, leader) = match self {
+            Self::NotLeader { leader } => (Code::FailedPrecondition, *leader),
+            Self::Refused { .. } => (Code::PermissionDenied, None),
+            Self::TimedOut => (Code::Aborted, None),
+            Self::Unreachable { .. } => (Code::Unknown, None),
+            Self::Shutdown => (Code::Unavailable, None),
+        };
+        with_leader(Status::new(code, self.to_string()), leader)
+    }
+
+    pub(super) fn from_status(asked: u64, status: &Status) -> Self {
+        match status.code() {
+            Code::FailedPrecondition => Self::NotLeader { leader: leader_of(status) },
+            Code::PermissionDenied => Self::Refused { problem: status.message().to_owned() },
+            Code::Aborted => Self::TimedOut,
+            _ => Self::Unreachable { leader: asked, problem: status.message().to_owned() },
         }
     }
 }
@@ -203,6 +278,8 @@ mod tests {
             ProposeError::NotLeader { leader: None },
             ProposeError::Indeterminate { leader: Some(3) },
             ProposeError::Overloaded,
+            ProposeError::MembersChanging,
+            ProposeError::Refused { problem: "c4 is behind".into() },
             ProposeError::TooLarge { bytes: 9 },
         ];
         for error in errors {

@@ -1,11 +1,17 @@
 //! What may be said to the raft library: it panics on messages that no honest peer sends.
 //!
-//! Only types that peers exchange get through, only between members, and only with numbers that an honest peer could
-//! have sent. What the library forwards by itself (proposals, reads, transfers) is dropped: Cresset has calls for that.
+//! Only types that peers exchange get through, and only with numbers that an honest peer could have sent. What the library
+//! forwards by itself (proposals, reads, transfers) is dropped: Cresset has calls for that. The sender needn't be a member, as
+//! far as this peer knows: one that was away, or is new, learns who the members are from a leader that it doesn't know yet. Who
+//! was removed is kept out by the peer service.
+use std::collections::BTreeSet;
+
 use raft::{
     Raft, StateRole, Storage,
-    eraftpb::{ConfState, EntryType, Message, MessageType},
+    eraftpb::{ConfState, Entry, EntryType, Message, MessageType},
 };
+
+use super::node::is_change;
 
 /// Terms and indexes stay far below the end of their type, so that arithmetic on them can't overflow.
 const NUMBER_MAX: u64 = 1 << 48;
@@ -28,12 +34,12 @@ pub struct Refused {
 ///
 /// # Errors
 /// [`Refused`]; the library must not see it.
-pub(super) fn check<S: Storage>(raft: &Raft<S>, from: u64, conf: &ConfState, message: &Message) -> Result<(), Refused> {
-    let (kind, problem) = (name(message.get_msg_type()), problem(raft, from, conf, message));
+pub(super) fn check<S: Storage>(raft: &Raft<S>, from: u64, message: &Message) -> Result<(), Refused> {
+    let (kind, problem) = (name(message.get_msg_type()), problem(raft, from, message));
     problem.map_or(Ok(()), |problem| Err(Refused { from, kind, problem }))
 }
 
-fn problem<S: Storage>(raft: &Raft<S>, from: u64, conf: &ConfState, message: &Message) -> Option<&'static str> {
+fn problem<S: Storage>(raft: &Raft<S>, from: u64, message: &Message) -> Option<&'static str> {
     let unlike = |bad: bool, problem: &'static str| bad.then_some(problem);
     let numbers = [
         message.term,
@@ -46,14 +52,14 @@ fn problem<S: Storage>(raft: &Raft<S>, from: u64, conf: &ConfState, message: &Me
     ];
     unlike(message.from != from, "it names another sender")
         .or_else(|| unlike(message.to != raft.id, "it is for another peer"))
-        .or_else(|| unlike(from == raft.id || raft.prs().get(from).is_none(), "its sender isn't a member"))
+        .or_else(|| unlike(from == raft.id || from == 0 || from > NUMBER_MAX, "its sender can't be a peer"))
         // Term 0 means a local message to the library, which trusts those.
         .or_else(|| unlike(message.term == 0, "it has no term"))
         .or_else(|| unlike(numbers.iter().any(|&number| number > NUMBER_MAX), "a number is beyond reason"))
-        .or_else(|| of_type(raft, conf, message))
+        .or_else(|| of_type(raft, message))
 }
 
-fn of_type<S: Storage>(raft: &Raft<S>, conf: &ConfState, message: &Message) -> Option<&'static str> {
+fn of_type<S: Storage>(raft: &Raft<S>, message: &Message) -> Option<&'static str> {
     let unlike = |bad: bool, problem: &'static str| bad.then_some(problem);
     let last_index = raft.raft_log.last_index();
     let current = message.term >= raft.term;
@@ -64,7 +70,7 @@ fn of_type<S: Storage>(raft: &Raft<S>, conf: &ConfState, message: &Message) -> O
             let metadata = message.get_snapshot().get_metadata();
             unlike(metadata.index == 0 || metadata.index > NUMBER_MAX, "its index is out of range")
                 .or_else(|| unlike(metadata.term == 0 || metadata.term > message.term, "its term is out of range"))
-                .or_else(|| unlike(!same_members(metadata.get_conf_state(), conf), "it has other members"))
+                .or_else(|| members_problem(metadata.get_conf_state(), raft.id))
         }
         MessageType::MsgAppendResponse => unlike(message.request_snapshot != 0, "it asks for a snapshot")
             .or_else(|| unlike(current && message.index > last_index, "it acknowledges entries that aren't there"))
@@ -110,26 +116,41 @@ fn entries_problem<S: Storage>(raft: &Raft<S>, message: &Message) -> Option<&'st
         if entry.term < term || entry.term == 0 || entry.term > message.term {
             return Some("the terms of its entries are out of order");
         }
-        // Changes of the members aren't made through the log yet.
-        if entry.get_entry_type() != EntryType::EntryNormal {
-            return Some("it changes the members, which this version can't");
+        if !entry_is_known(entry) {
+            return Some("it has an entry of an unknown kind");
         }
         term = entry.term;
     }
     None
 }
 
-fn same_members(left: &ConfState, right: &ConfState) -> bool {
-    let sorted = |members: &[u64]| {
-        let mut members = members.to_vec();
-        members.sort_unstable();
-        members
-    };
-    sorted(&left.voters) == sorted(&right.voters)
-        && sorted(&left.learners) == sorted(&right.learners)
-        && sorted(&left.voters_outgoing) == sorted(&right.voters_outgoing)
-        && sorted(&left.learners_next) == sorted(&right.learners_next)
-        && left.auto_leave == right.auto_leave
+fn entry_is_known(entry: &Entry) -> bool {
+    match entry.get_entry_type() {
+        EntryType::EntryNormal => true,
+        EntryType::EntryConfChangeV2 => is_change(entry),
+        EntryType::EntryConfChange => false,
+    }
+}
+
+/// The library panics on members that contradict each other, and ignores a snapshot without the peer that gets it.
+fn members_problem(conf: &ConfState, id: u64) -> Option<&'static str> {
+    let set = |peers: &[u64]| peers.iter().copied().collect::<BTreeSet<u64>>();
+    let (voters, outgoing, learners) = (set(&conf.voters), set(&conf.voters_outgoing), set(&conf.learners));
+    let twice =
+        voters.len() + outgoing.len() + learners.len() != conf.voters.len() + conf.voters_outgoing.len() + conf.learners.len();
+    let all = || voters.iter().chain(&outgoing).chain(&learners);
+    let contradict = voters.is_empty()
+        || twice
+        || !learners.is_disjoint(&voters)
+        || !learners.is_disjoint(&outgoing)
+        // Cresset makes no learner of a voter.
+        || !conf.learners_next.is_empty()
+        || conf.auto_leave == outgoing.is_empty()
+        || all().any(|peer| *peer == 0 || *peer > NUMBER_MAX);
+    if contradict {
+        return Some("its members can't be");
+    }
+    (!all().any(|peer| *peer == id)).then_some("this peer isn't among its members")
 }
 
 fn name(kind: MessageType) -> &'static str {

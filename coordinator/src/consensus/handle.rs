@@ -1,8 +1,10 @@
 //! What the rest of a coordinator holds of consensus: a cheap handle that proposes, reads and watches.
-use std::{collections::BTreeMap, future::Future, pin::pin, sync::Arc, thread, time::Duration};
+use std::{future::Future, pin::pin, sync::Arc, thread, time::Duration};
 
-use cresset_core::{ClusterState, Command, Effect, Outcome};
-use cresset_proto::raft::v1::{ProposeRequest, ReadIndexRequest, raft_service_client::RaftServiceClient};
+use cresset_core::{ClusterState, Command, CommandBody, Effect, Outcome, PeerId};
+use cresset_proto::raft::v1::{
+    ProposeRequest, ReadIndexRequest, TransferLeadershipRequest, raft_service_client::RaftServiceClient,
+};
 use parking_lot::RwLockReadGuard;
 use tokio::{
     sync::{broadcast, oneshot, watch},
@@ -13,11 +15,11 @@ use tonic::{Request, transport::Channel};
 
 use super::{
     driver::Applied,
-    error::{ProposeError, ReadError, ReadRefused},
+    error::{ProposeError, ReadError, ReadRefused, TransferError},
     inbox::{Inbox, Input, NotQueued},
     machine::Shared,
-    node::{NodeError, RaftStatus, Role},
-    transport::{REQUEST_BYTES_MAX, jittered},
+    node::{MemberSeen, NodeError, NotTaken, RaftStatus},
+    transport::{Contacts, REQUEST_BYTES_MAX, jittered},
 };
 
 /// Between two attempts at the same thing.
@@ -38,7 +40,7 @@ pub(super) struct Inner {
     pub(super) propose_timeout: Duration,
     pub(super) inbox: Inbox,
     pub(super) shared: Shared,
-    pub(super) peers: BTreeMap<u64, Channel>,
+    pub(super) contacts: Contacts,
     pub(super) raft: watch::Receiver<RaftStatus>,
     pub(super) applied: watch::Receiver<Applied>,
     pub(super) effects: broadcast::Sender<(u64, Effect)>,
@@ -60,8 +62,8 @@ impl Consensus {
         &self.inner.cluster_id
     }
 
-    pub(super) fn is_peer(&self, id: u64) -> bool {
-        self.inner.peers.contains_key(&id)
+    pub(super) fn was_removed(&self, id: u64) -> bool {
+        self.state().was_removed(PeerId(id))
     }
 
     /// Has a command applied, by whichever peer leads: one attempt. May be called again with the same command after any
@@ -118,7 +120,11 @@ impl Consensus {
     /// One attempt, on this peer only.
     pub(super) async fn propose_here(&self, command: &Command) -> Result<Outcome, ProposeError> {
         let (reply, answer) = oneshot::channel();
-        self.put(Input::Propose { id: command.id, command: command.encode(), reply }).map_err(|full| match full {
+        let change = match &command.body {
+            CommandBody::ChangeMembers(change) => Some(change.clone()),
+            _ => None,
+        };
+        self.put(Input::Propose { id: command.id, command: command.encode(), change, reply }).map_err(|full| match full {
             NotQueued::Full(_) => ProposeError::Overloaded,
             NotQueued::Closed => ProposeError::Shutdown,
         })?;
@@ -229,16 +235,63 @@ impl Consensus {
         self.inner.effects.subscribe()
     }
 
-    /// Hands leadership to another peer, if this one leads. Best effort: returns once another leader is known, or at
-    /// `deadline`.
-    pub async fn transfer_leadership(&self, deadline: Instant) {
-        let mut raft = self.raft();
-        if raft.borrow().role != Role::Leader || self.put(Input::TransferLeadership).is_err() {
-            return;
+    /// What the leader knows of each member; nothing if this peer doesn't lead.
+    pub async fn members_seen(&self) -> Vec<MemberSeen> {
+        let (reply, answer) = oneshot::channel();
+        if self.put(Input::Members { reply }).is_err() {
+            return Vec::new();
         }
-        let id = self.inner.id;
-        let done = raft.wait_for(|status| status.role != Role::Leader && status.leader.is_some_and(|leader| leader != id));
-        let _ = timeout_at(deadline, async { drop(done.await) }).await;
+        answer.await.unwrap_or_default()
+    }
+
+    /// Has leadership handed to this voter, or to any other than the present leader, by whoever leads. Returns who leads then.
+    ///
+    /// # Errors
+    /// [`TransferError`], at `deadline` at the latest. Leadership may have changed nevertheless.
+    pub async fn transfer_leadership(&self, to: Option<u64>, deadline: Instant) -> Result<u64, TransferError> {
+        match self.transfer_here(to, deadline).await {
+            Err(TransferError::NotLeader { leader: Some(leader) }) if leader != self.inner.id => {
+                if to == Some(leader) {
+                    return Ok(leader);
+                }
+                let cluster_id = self.inner.cluster_id.clone();
+                let problem = "it isn't a peer".to_owned();
+                let mut client = self.client(leader).ok_or(TransferError::Unreachable { leader, problem })?;
+                let mut request = Request::new(TransferLeadershipRequest { cluster_id, to_peer: to.unwrap_or_default() });
+                request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+                let call = timeout_at(deadline, client.transfer_leadership(request));
+                let answer = self.unless_ending(call).await.ok_or(TransferError::Shutdown)?;
+                let answer = answer.map_err(|_| TransferError::TimedOut)?;
+                answer.map(|answer| answer.into_inner().leader).map_err(|status| TransferError::from_status(leader, &status))
+            }
+            answer => answer,
+        }
+    }
+
+    /// The same, if this peer leads.
+    ///
+    /// # Errors
+    /// [`TransferError`].
+    pub async fn transfer_here(&self, to: Option<u64>, deadline: Instant) -> Result<u64, TransferError> {
+        let (reply, answer) = oneshot::channel();
+        let mut raft = self.raft();
+        let term = raft.borrow().term;
+        self.put(Input::TransferLeadership { to, reply }).map_err(|_| TransferError::Shutdown)?;
+        match answer.await.map_err(|_| TransferError::Shutdown)? {
+            Ok(()) => {}
+            Err(NotTaken::NotLeader { leader }) => return Err(TransferError::NotLeader { leader }),
+            Err(NotTaken::Refused(refusal)) => return Err(TransferError::Refused { problem: refusal.to_string() }),
+            Err(why) => return Err(TransferError::Refused { problem: why.to_string() }),
+        }
+        if to == Some(self.inner.id) {
+            return Ok(self.inner.id);
+        }
+        let done = raft.wait_for(|status| status.term > term && status.leader.is_some());
+        match timeout_at(deadline, done).await {
+            Ok(Ok(status)) => status.leader.ok_or(TransferError::TimedOut),
+            Ok(Err(_)) => Err(TransferError::Shutdown),
+            Err(_) => Err(TransferError::TimedOut),
+        }
     }
 
     /// Ends this peer: its streams, its tasks and its thread. Hand over leadership first. The [`DriverHandle`] tells when
@@ -257,7 +310,7 @@ impl Consensus {
     }
 
     fn client(&self, peer: u64) -> Option<RaftServiceClient<Channel>> {
-        let channel = self.inner.peers.get(&peer)?.clone();
+        let channel = self.inner.contacts.channel(peer)?;
         Some(
             RaftServiceClient::new(channel)
                 .max_decoding_message_size(REQUEST_BYTES_MAX)

@@ -1,16 +1,17 @@
 //! The one way to the driver: a closed set of inputs through a queue that is bounded in number and in bytes.
 use std::sync::{
-    Arc,
+    Arc, Weak,
     atomic::{AtomicUsize, Ordering},
     mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
 };
 
 use bytes::Bytes;
-use cresset_core::CommandId;
+use cresset_core::{CommandId, members::MemberChange};
 use tokio::sync::oneshot;
 
 use super::{
     guard::Refused,
+    node::{MemberSeen, NotTaken},
     pending::{ProposeReply, ReadReply},
 };
 
@@ -22,8 +23,8 @@ const BYTES_MAX: usize = 64 << 20;
 /// Everything that can happen to a driver, beside the passing of time.
 #[derive(Debug)]
 pub(super) enum Input {
-    /// Somebody wants a command applied.
-    Propose { id: CommandId, command: Vec<u8>, reply: ProposeReply },
+    /// Somebody wants a command applied, which may change the members.
+    Propose { id: CommandId, command: Vec<u8>, change: Option<MemberChange>, reply: ProposeReply },
     /// Somebody wants to read what is current.
     Read { reply: ReadReply },
     /// A message from a peer.
@@ -34,8 +35,12 @@ pub(super) enum Input {
     Unreachable { peer: u64 },
     /// A snapshot has reached this peer, or hasn't.
     SnapshotSent { peer: u64, arrived: bool },
-    /// Hand leadership to somebody else.
-    TransferLeadership,
+    /// Hand leadership to this peer, or to any; `reply` says whether that was begun.
+    TransferLeadership { to: Option<u64>, reply: oneshot::Sender<Result<(), NotTaken>> },
+    /// Somebody wants to know what a leader knows of each member.
+    Members { reply: oneshot::Sender<Vec<MemberSeen>> },
+    /// Another peer says that this one was removed.
+    Removed { by: u64 },
     /// End.
     Stop,
 }
@@ -46,7 +51,13 @@ impl Input {
             Self::Propose { command, .. } => command.len(),
             Self::Message { message, .. } => message.len(),
             Self::Snapshot { message, data, .. } => message.len() + data.len(),
-            Self::Read { .. } | Self::Unreachable { .. } | Self::SnapshotSent { .. } | Self::TransferLeadership | Self::Stop => 0,
+            Self::Read { .. }
+            | Self::Unreachable { .. }
+            | Self::SnapshotSent { .. }
+            | Self::TransferLeadership { .. }
+            | Self::Members { .. }
+            | Self::Removed { .. }
+            | Self::Stop => 0,
         }
     }
 }
@@ -60,9 +71,23 @@ pub(super) enum NotQueued {
 
 /// Where inputs are put. Cheap to clone; never waits.
 #[derive(Debug, Clone)]
-pub(super) struct Inbox {
+pub(super) struct Inbox(Arc<Entrance>);
+
+#[derive(Debug)]
+struct Entrance {
     sender: SyncSender<Input>,
     bytes: Arc<AtomicUsize>,
+}
+
+/// An [`Inbox`] for the driver's own side: the driver ends once nobody else can put anything in.
+#[derive(Debug, Clone)]
+pub(super) struct WeakInbox(Weak<Entrance>);
+
+impl WeakInbox {
+    /// The inbox, if anybody else has it.
+    pub(super) fn upgrade(&self) -> Option<Inbox> {
+        self.0.upgrade().map(Inbox)
+    }
 }
 
 impl Inbox {
@@ -70,19 +95,25 @@ impl Inbox {
     pub(super) fn new() -> (Self, Arrivals) {
         let (sender, receiver) = sync_channel(INPUTS_MAX);
         let bytes = Arc::new(AtomicUsize::new(0));
-        (Self { sender, bytes: Arc::clone(&bytes) }, Arrivals { receiver, bytes })
+        (Self(Arc::new(Entrance { sender, bytes: Arc::clone(&bytes) })), Arrivals { receiver, bytes })
+    }
+
+    /// The same, without keeping the driver alive.
+    pub(super) fn downgrade(&self) -> WeakInbox {
+        WeakInbox(Arc::downgrade(&self.0))
     }
 
     /// Puts an input into the queue, or gives it back at once.
     pub(super) fn put(&self, input: Input) -> Result<(), NotQueued> {
+        let Entrance { sender, bytes } = &*self.0;
         let weight = input.bytes();
-        let before = self.bytes.fetch_add(weight, Ordering::AcqRel);
+        let before = bytes.fetch_add(weight, Ordering::AcqRel);
         if before > 0 && weight > 0 && before.saturating_add(weight) > BYTES_MAX {
-            self.bytes.fetch_sub(weight, Ordering::AcqRel);
+            bytes.fetch_sub(weight, Ordering::AcqRel);
             return Err(NotQueued::Full(input));
         }
-        self.sender.try_send(input).map_err(|error| {
-            self.bytes.fetch_sub(weight, Ordering::AcqRel);
+        sender.try_send(input).map_err(|error| {
+            bytes.fetch_sub(weight, Ordering::AcqRel);
             match error {
                 TrySendError::Full(input) => NotQueued::Full(input),
                 TrySendError::Disconnected(_) => NotQueued::Closed,

@@ -1,7 +1,11 @@
 //! What the log is for: the state that every peer reaches by applying the same commands.
 use std::sync::Arc;
 
-use cresset_core::{ClusterState, Command, CommandId, DecodeError, Effect, Outcome, apply, snapshot};
+use cresset_core::{
+    ClusterState, Command, CommandId, DecodeError, Effect, Outcome, apply,
+    members::{MemberChange, Members},
+    snapshot,
+};
 use parking_lot::RwLock;
 
 /// A state that is changed by commands only.
@@ -15,6 +19,12 @@ pub trait StateMachine {
     /// Why the command can't be read. The node stops: going on without it would part its state from the others'.
     fn apply(&mut self, index: u64, command: &[u8]) -> Result<Self::Outcome, DecodeError>;
 
+    /// How a command changed the members, if it did. The same one doesn't a second time.
+    fn change_made(outcome: &Self::Outcome) -> Option<&MemberChange>;
+
+    /// Who the members are from here on.
+    fn follow(&mut self, members: &Members);
+
     /// The whole state as bytes.
     fn snapshot(&self) -> Vec<u8>;
 
@@ -24,11 +34,11 @@ pub trait StateMachine {
     /// Why they can't be read.
     fn check(&self, snapshot: &[u8]) -> Result<(), DecodeError>;
 
-    /// Replaces the state.
+    /// Replaces the state by that of a snapshot, at which these were the members.
     ///
     /// # Errors
     /// Why the bytes can't be read; the state is as it was.
-    fn restore(&mut self, snapshot: &[u8]) -> Result<(), DecodeError>;
+    fn restore(&mut self, snapshot: &[u8], members: &Members) -> Result<(), DecodeError>;
 }
 
 /// An applied command.
@@ -69,6 +79,17 @@ impl StateMachine for Shared {
         Ok(Answer { id: command.id, outcome, effects })
     }
 
+    fn change_made(outcome: &Answer) -> Option<&MemberChange> {
+        outcome.effects.iter().find_map(|effect| match effect {
+            Effect::MembersChanged { change } => Some(change),
+            Effect::EpochAdvanced { .. } | Effect::WorkerFenced { .. } => None,
+        })
+    }
+
+    fn follow(&mut self, members: &Members) {
+        self.state.write().members = members.clone();
+    }
+
     fn snapshot(&self) -> Vec<u8> {
         snapshot::encode(&self.state.read())
     }
@@ -77,8 +98,8 @@ impl StateMachine for Shared {
         snapshot::decode(bytes).map(|_| ())
     }
 
-    fn restore(&mut self, bytes: &[u8]) -> Result<(), DecodeError> {
-        let state = snapshot::decode(bytes)?;
+    fn restore(&mut self, bytes: &[u8], members: &Members) -> Result<(), DecodeError> {
+        let state = ClusterState { members: members.clone(), ..snapshot::decode(bytes)? };
         *self.state.write() = state;
         Ok(())
     }

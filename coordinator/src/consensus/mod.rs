@@ -10,13 +10,13 @@
 //!                                      └─ LogStore (raft-engine + identity.json)
 //! ```
 //!
-//! - `node`: one member as a plain value, without threads, clocks or sockets; `guard` keeps hostile messages from it.
+//! - `node`: one member as a plain value, without threads, clocks or sockets; `guard` keeps hostile messages from it. What
+//!   changes the members is in `node/members`.
 //! - `log`, `engine_log`, `identity`: what is on the disk, and the proof that it is all there.
 //! - `driver`, `inbox`, `pending`: the thread around the node, its inputs, and who waits for what.
 //! - `transport`, `service`, `handle`: to the peers, from the peers, and the face to the rest of the process.
 //!
-//! This is the only place that names the crates `raft`, `raft_engine` and `protobuf`. Absent: changes of the members
-//! (every member is a founder, and the settings of all must agree), and TLS between peers.
+//! This is the only place that names the crates `raft`, `raft_engine` and `protobuf`. Absent: TLS between peers.
 mod driver;
 mod engine_log;
 mod error;
@@ -37,19 +37,19 @@ mod transport;
 
 use std::thread;
 
-use cresset_core::ClusterState;
+use cresset_core::{ClusterState, PeerId};
 use rand::Rng as _;
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use driver::Applied;
 pub use engine_log::EngineLog;
-pub use error::{ProposeError, ReadError, StartError};
+pub use error::{ProposeError, ReadError, StartError, TransferError};
 pub use guard::Refused;
 pub use handle::{Consensus, DriverHandle};
 pub use log::{Batch, LogError, LogStore, MemoryLog, Stored};
 pub use machine::{Answer, Shared, StateMachine};
-pub use node::{ElectionDraw, Envelope, Node, NodeError, NotTaken, RaftStatus, Role, Round, Sink};
+pub use node::{ElectionDraw, Envelope, MemberSeen, Node, NodeError, NotTaken, RaftStatus, Refusal, Role, Round, Sink};
 pub use service::{PeerService, RaftServer};
 pub use settings::{COMMAND_BYTES_MAX, Problem, SNAPSHOT_BYTES_MAX, Settings};
 pub use tracing_drain::silent;
@@ -62,17 +62,18 @@ const EFFECTS_MAX: usize = 1_024;
 ///
 /// # Errors
 /// [`StartError`]; nothing is left running.
-pub fn start(settings: &Settings, initial: ClusterState) -> Result<(Consensus, RaftServer, DriverHandle), StartError> {
+pub fn start(settings: &Settings, mut initial: ClusterState) -> Result<(Consensus, RaftServer, DriverHandle), StartError> {
     settings.check().map_err(|problems| StartError::Settings { problems })?;
     tokio::runtime::Handle::try_current().map_err(|_| StartError::NoRuntime)?;
-    let mut peers = std::collections::BTreeMap::new();
-    for (&peer, address) in &settings.peers {
-        let channel = transport::channel(address).map_err(|error| StartError::Settings {
+    for (peer, address) in &settings.peers {
+        transport::endpoint(address).map_err(|error| StartError::Settings {
             problems: vec![Problem { field: "peers", problem: format!("has '{address}' for c{peer}: {error}") }],
         })?;
-        peers.insert(peer, channel);
     }
     let log = EngineLog::open(&settings.data_dir, &settings.cluster_id, settings.id)?;
+    if !settings.join {
+        initial.founders = settings.peers.keys().copied().map(PeerId).collect();
+    }
     let shared = Shared::new(initial);
     let range = settings.election_ticks_min..settings.election_ticks_max;
     let draw: ElectionDraw = Box::new(move |_| rand::rng().random_range(range.clone()));
@@ -86,6 +87,7 @@ pub fn start(settings: &Settings, initial: ClusterState) -> Result<(Consensus, R
     let (effects, _) = broadcast::channel(EFFECTS_MAX);
     let published = driver::Published { raft: raft_sender, applied: applied_sender, effects: effects.clone() };
     let links = transport::Links::spawn(settings, &inbox, &shutdown);
+    let contacts = links.contacts();
     let driver = driver::Driver::new(node, arrivals, links, published, settings.tick, settings.waiters_max);
     let (ended_sender, ended) = oneshot::channel();
     let ending = shutdown.clone();
@@ -104,7 +106,7 @@ pub fn start(settings: &Settings, initial: ClusterState) -> Result<(Consensus, R
         propose_timeout: settings.propose_timeout,
         inbox: inbox.clone(),
         shared,
-        peers,
+        contacts,
         raft,
         applied,
         effects,

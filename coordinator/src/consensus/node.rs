@@ -10,9 +10,12 @@ use std::fmt;
 use protobuf::Message as _;
 use raft::{
     Config, RawNode, ReadOnlyOption, SnapshotStatus, StateRole,
-    eraftpb::{Entry, EntryType, HardState, Message, MessageType, Snapshot},
+    eraftpb::{ConfState, Entry, EntryType, HardState, Message, MessageType, Snapshot},
 };
 
+pub(super) use self::members::is_change;
+pub use self::members::{MemberSeen, Refusal};
+use self::members::{conf_of, members_of};
 use super::{
     guard::{self, Refused},
     log::{LogError, LogStore, Shelf, Stored},
@@ -32,6 +35,9 @@ pub struct Node<L: LogStore, M> {
     round: Round,
     applied: u64,
     applied_bytes: u64,
+    /// The members, as of `applied`.
+    conf: ConfState,
+    contact: members::Contact,
 }
 
 struct Limits {
@@ -65,6 +71,8 @@ pub enum Role {
     Follower,
     /// Stands for election.
     Candidate,
+    /// Follows, and has no vote.
+    Learner,
 }
 
 impl fmt::Display for Role {
@@ -73,6 +81,7 @@ impl fmt::Display for Role {
             Self::Leader => "leader",
             Self::Follower => "follower",
             Self::Candidate => "candidate",
+            Self::Learner => "learner",
         })
     }
 }
@@ -117,7 +126,7 @@ pub trait Sink<O> {
 }
 
 /// Why a proposal or a read wasn't taken. Nothing has happened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NotTaken {
     /// Only a leader takes them.
     #[error("this peer doesn't lead")]
@@ -131,6 +140,12 @@ pub enum NotTaken {
     /// Too many bytes wait for their commit.
     #[error("too many proposals wait for their commit")]
     Overloaded,
+    /// One change of the members at a time.
+    #[error("another change of the members is under way")]
+    MembersChanging,
+    /// As things are, it would do harm.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     /// The command is too long.
     #[error("the command has {bytes} bytes, at most {COMMAND_BYTES_MAX} are taken")]
     TooLarge {
@@ -161,13 +176,13 @@ pub enum NodeError {
         /// Why it can't be read.
         problem: String,
     },
-    /// The log names other members than the settings.
-    #[error("peers are {wanted:?}, but the log was founded with {found:?}; members can't be changed by editing the settings")]
-    Members {
-        /// Those of the settings.
-        wanted: Vec<u64>,
-        /// Those of the log.
-        found: Vec<u64>,
+    /// Its part in the cluster is over.
+    #[error(
+        "this coordinator, c{id}, was removed from the cluster; stop it for good. To have one on this machine again, empty its folder and add it under a new id: `cresset member add`"
+    )]
+    Removed {
+        /// Who was removed.
+        id: u64,
     },
     /// The raft library refused its configuration or its own output.
     #[error("raft: {0}")]
@@ -176,7 +191,7 @@ pub enum NodeError {
 
 impl<L: LogStore, M: StateMachine> Node<L, M> {
     /// Starts from what `store` holds. An empty one is founded with the state of `machine`, which must be the same on
-    /// every founder.
+    /// every founder; or, if the settings say so, waits for a leader that has it as a member.
     ///
     /// # Errors
     /// [`NodeError`] if the store can't be read, or doesn't fit the settings.
@@ -187,19 +202,16 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         mut draw: ElectionDraw,
         logger: &slog::Logger,
     ) -> Result<Self, NodeError> {
-        let wanted: Vec<u64> = settings.peers.keys().copied().collect();
         let stored = match store.load()? {
             Some(stored) => stored,
-            None => found(&mut store, &wanted, &machine.snapshot())?,
+            None if settings.join => Stored::default(),
+            None => found(&mut store, settings.peers.keys().copied(), &machine.snapshot())?,
         };
         let metadata = stored.snapshot.get_metadata();
-        let mut members = metadata.get_conf_state().voters.clone();
-        members.sort_unstable();
-        if members != wanted {
-            return Err(NodeError::Members { wanted, found: members });
+        let (applied, conf) = (metadata.index, metadata.get_conf_state().clone());
+        if applied > 0 {
+            restore(&mut machine, &stored.snapshot)?;
         }
-        let applied = metadata.index;
-        restore(&mut machine, &stored.snapshot)?;
         let shelf = Shelf::new(store, stored);
         let raw = RawNode::new(&config(settings, applied), shelf, logger).map_err(|error| NodeError::Raft(error.to_string()))?;
         let limits = Limits {
@@ -210,14 +222,17 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         };
         let round = Round { id: settings.id, term: raw.raft.term, number: 0 };
         let first = limits.clamp(draw(round));
-        let mut node = Self { raw, machine, limits, draw, round, applied, applied_bytes: 0 };
+        let contact = members::Contact::default();
+        let mut node = Self { raw, machine, limits, draw, round, applied, applied_bytes: 0, conf, contact };
         node.raw.raft.set_randomized_election_timeout(first);
         Ok(node)
     }
 
     /// A tick of time has passed.
     pub fn tick(&mut self) {
+        self.contact.tick();
         self.guarded(|raw| raw.tick());
+        self.leave_joint();
     }
 
     /// A message from a peer has arrived; `from` is who the transport knows it to be from.
@@ -230,13 +245,16 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         if let Some(data) = snapshot {
             message.mut_snapshot().set_data(data);
         }
-        guard::check(&self.raw.raft, from, self.raw.store().conf_state(), &message)?;
+        guard::check(&self.raw.raft, from, &message)?;
         if message.get_msg_type() == MessageType::MsgSnapshot {
             // Once the library has it, there is no way back.
             let data = open(message.get_snapshot());
             if data.is_none_or(|data| self.machine.check(data).is_err()) {
                 return Err(Refused { from, kind: "snapshot", problem: "its data is damaged" });
             }
+        }
+        if self.raw.raft.prs().get(from).is_some() {
+            self.contact.heard(from);
         }
         // What is left of errors here (a vote from a past term, say) is the library's way of ignoring a message.
         self.guarded(|raw| raw.step(message).ok());
@@ -280,17 +298,6 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         }
     }
 
-    /// Hands leadership to the peer that is furthest; nothing happens if this peer doesn't lead.
-    pub fn transfer_leader(&mut self) {
-        let id = self.raw.raft.id;
-        if self.leading().is_err() {
-            return;
-        }
-        let others = self.raw.raft.prs().iter().filter(|(peer, _)| **peer != id);
-        let Some((&to, _)) = others.max_by_key(|(_, progress)| (progress.recent_active, progress.matched)) else { return };
-        self.guarded(|raw| raw.transfer_leader(to));
-    }
-
     /// A message to `peer` was lost.
     pub fn report_unreachable(&mut self, peer: u64) {
         self.guarded(|raw| raw.report_unreachable(peer));
@@ -309,6 +316,7 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
             id: raft.id,
             role: match raft.state {
                 StateRole::Leader => Role::Leader,
+                StateRole::Follower if self.conf.learners.contains(&raft.id) => Role::Learner,
                 StateRole::Follower => Role::Follower,
                 StateRole::Candidate | StateRole::PreCandidate => Role::Candidate,
             },
@@ -364,6 +372,7 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         }
         if let Some(snapshot) = snapshot {
             restore(&mut self.machine, snapshot)?;
+            self.conf = snapshot.get_metadata().get_conf_state().clone();
             (self.applied, self.applied_bytes) = (snapshot.get_metadata().index, 0);
         }
         // Votes and acknowledgements: they leave only now that the disk holds what they promise.
@@ -375,6 +384,7 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         send(light.take_messages(), sink)?;
         self.apply(light.take_committed_entries(), sink)?;
         self.guarded(|raw| raw.advance_apply());
+        self.step_down_if_removed();
         Ok(())
     }
 
@@ -382,10 +392,9 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         for entry in entries {
             let index = entry.index;
             if entry.get_entry_type() != EntryType::EntryNormal {
-                return Err(NodeError::Raft(format!("entry {index} changes the members, which this version can't")));
-            }
-            // A new leader begins its term with an entry that says nothing.
-            if !entry.data.is_empty() {
+                self.apply_change(&entry, sink)?;
+            } else if !entry.data.is_empty() {
+                // A new leader begins its term with an entry that says nothing.
                 let outcome = self.machine.apply(index, &entry.data).map_err(|source| NodeError::Apply { index, source })?;
                 sink.applied(index, outcome);
             }
@@ -407,7 +416,7 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         let Some(term) = self.raw.store().term_of(self.applied) else {
             return Err(NodeError::Raft(format!("applied entry {} isn't in the log", self.applied)));
         };
-        let snapshot = sealed((self.applied, term), held.get_conf_state().voters.clone(), &self.machine.snapshot());
+        let snapshot = sealed((self.applied, term), self.conf.clone(), &self.machine.snapshot());
         let keep_bytes = self.limits.snapshot_bytes / 2;
         self.raw.mut_store().save_snapshot(snapshot, self.limits.keep_entries, keep_bytes)?;
         self.applied_bytes = 0;
@@ -466,9 +475,9 @@ fn config(settings: &Settings, applied: u64) -> Config {
 }
 
 /// Founders start from an identical snapshot, so that the log's first entry already has members.
-fn found(store: &mut impl LogStore, voters: &[u64], state: &[u8]) -> Result<Stored, NodeError> {
+fn found(store: &mut impl LogStore, voters: impl Iterator<Item = u64>, state: &[u8]) -> Result<Stored, NodeError> {
     let (index, term) = FOUNDING;
-    let snapshot = sealed(FOUNDING, voters.to_vec(), state);
+    let snapshot = sealed(FOUNDING, conf_of(voters), state);
     let hard_state = HardState { term, commit: index, ..HardState::default() };
     let stored = Stored { hard_state, snapshot, base: FOUNDING, entries: Vec::new() };
     let mut shelf = Shelf::new(store, Stored::default());
@@ -477,7 +486,7 @@ fn found(store: &mut impl LogStore, voters: &[u64], state: &[u8]) -> Result<Stor
 }
 
 /// A snapshot whose data begins with the CRC-32 of the rest.
-fn sealed((index, term): (u64, u64), voters: Vec<u64>, state: &[u8]) -> Snapshot {
+fn sealed((index, term): (u64, u64), conf: ConfState, state: &[u8]) -> Snapshot {
     let mut data = Vec::with_capacity(state.len() + 4);
     data.extend(crc32fast::hash(state).to_le_bytes());
     data.extend(state);
@@ -485,7 +494,7 @@ fn sealed((index, term): (u64, u64), voters: Vec<u64>, state: &[u8]) -> Snapshot
     snapshot.set_data(data.into());
     let metadata = snapshot.mut_metadata();
     (metadata.index, metadata.term) = (index, term);
-    metadata.mut_conf_state().voters = voters;
+    metadata.set_conf_state(conf);
     snapshot
 }
 
@@ -499,7 +508,8 @@ fn restore<M: StateMachine>(machine: &mut M, snapshot: &Snapshot) -> Result<(), 
     let index = snapshot.get_metadata().index;
     let failed = |problem| NodeError::Snapshot { index, problem };
     let state = open(snapshot).ok_or_else(|| failed("its checksum is wrong".to_owned()))?;
-    machine.restore(state).map_err(|error| failed(error.to_string()))
+    let members = members_of(snapshot.get_metadata().get_conf_state());
+    machine.restore(state, &members).map_err(|error| failed(error.to_string()))
 }
 
 fn send<O>(messages: Vec<Message>, sink: &mut impl Sink<O>) -> Result<(), NodeError> {
@@ -513,5 +523,6 @@ fn send<O>(messages: Vec<Message>, sink: &mut impl Sink<O>) -> Result<(), NodeEr
     Ok(())
 }
 
+mod members;
 #[cfg(test)]
 mod tests;

@@ -1,12 +1,20 @@
 //! From the other peers: checks who speaks to whom, and hands on what they say.
+use std::{collections::BTreeSet, time::Duration};
+
 use bytes::{Bytes, BytesMut};
-use cresset_core::Command;
-use cresset_proto::raft::v1::{
-    DeliverRequest, DeliverResponse, InstallSnapshotRequest, InstallSnapshotResponse, ProposeRequest, ProposeResponse,
-    ReadIndexRequest, ReadIndexResponse,
-    raft_service_server::{RaftService, RaftServiceServer},
+use cresset_core::{Command, PeerId};
+use cresset_proto::{
+    metadata::timeout,
+    raft::v1::{
+        DeliverRequest, DeliverResponse, InstallSnapshotRequest, InstallSnapshotResponse, ProposeRequest, ProposeResponse,
+        ReadIndexRequest, ReadIndexResponse, TransferLeadershipRequest, TransferLeadershipResponse,
+        raft_service_server::{RaftService, RaftServiceServer},
+    },
 };
-use tokio::sync::{Semaphore, oneshot};
+use tokio::{
+    sync::{Semaphore, oneshot},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::warn;
@@ -15,11 +23,13 @@ use super::{
     handle::Consensus,
     inbox::{Inbox, Input, NotQueued},
     settings::SNAPSHOT_BYTES_MAX,
-    transport::REQUEST_BYTES_MAX,
+    transport::{REMOVED, REQUEST_BYTES_MAX},
 };
 
 /// Most messages in one request.
 const MESSAGES_MAX: usize = 1_024;
+/// Longest wait for a new leader on behalf of another peer.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Snapshots that may arrive at a time.
 const TRANSFERS_MAX: usize = 2;
 
@@ -50,6 +60,21 @@ impl PeerService {
         Err(Status::permission_denied(format!("this is cluster '{ours}', the caller is of '{found}'; check its peers")))
     }
 
+    /// A coordinator that was started with an empty folder and without `join` has founded a cluster of its own.
+    fn check_founders(&self, from: u64, theirs: &[u64]) -> Result<(), Status> {
+        let state = self.consensus.state();
+        let theirs: BTreeSet<PeerId> = theirs.iter().copied().map(PeerId).collect();
+        if theirs.is_empty() || state.founders.is_empty() || theirs == state.founders {
+            return Ok(());
+        }
+        let names = |peers: &BTreeSet<PeerId>| peers.iter().take(9).map(PeerId::to_string).collect::<Vec<_>>().join(", ");
+        let (theirs, ours, id) = (names(&theirs), names(&state.founders), self.consensus.id());
+        warn!(from, theirs, ours, "refused a call of a peer that was founded by others");
+        Err(Status::permission_denied(format!(
+            "c{id} was founded by {ours}, c{from} by {theirs}: these are two clusters. To add a coordinator, start it with an empty folder and --join true"
+        )))
+    }
+
     /// Checks one request of a stream. A stream belongs to one pair of peers for its whole life.
     fn check_pair(&self, cluster_id: &str, from: u64, to: u64, known: &mut Option<u64>) -> Result<(), Status> {
         self.check_cluster(cluster_id)?;
@@ -57,7 +82,11 @@ impl PeerService {
         if to != id {
             return Err(Status::permission_denied(format!("this is c{id}, not c{to}; check the addresses of the peers")));
         }
-        if from == id || !self.consensus.is_peer(from) || known.is_some_and(|known| known != from) {
+        if from != 0 && self.consensus.was_removed(from) {
+            return Err(Status::new(REMOVED, format!("c{from} was removed from the cluster, or never was in it")));
+        }
+        // Who isn't known to be a member may be one nevertheless: this peer may have been away while it was added.
+        if from == 0 || from == id || known.is_some_and(|known| known != from) {
             return Err(Status::permission_denied(format!("c{from} is not the peer that may speak here")));
         }
         *known = Some(from);
@@ -69,6 +98,7 @@ impl PeerService {
         while let Some(request) = stream.message().await? {
             let from = request.from_peer;
             self.check_pair(&request.cluster_id, from, request.to_peer, &mut peer)?;
+            self.check_founders(from, &request.founders)?;
             if request.messages.len() > MESSAGES_MAX {
                 return Err(Status::invalid_argument(format!("messages has more than {MESSAGES_MAX} items")));
             }
@@ -99,6 +129,7 @@ impl PeerService {
         while let Some(request) = stream.message().await? {
             let first = peer.is_none();
             self.check_pair(&request.cluster_id, request.from_peer, request.to_peer, &mut peer)?;
+            self.check_founders(request.from_peer, &request.founders)?;
             if crc32.is_some() {
                 return Err(Status::invalid_argument("data goes on after the chunk with crc32"));
             }
@@ -155,6 +186,18 @@ impl RaftService for PeerService {
             Ok(outcome) => Ok(Response::new(ProposeResponse { outcome: outcome.encode().into() })),
             Err(error) => Err(error.to_status()),
         }
+    }
+
+    async fn transfer_leadership(
+        &self,
+        request: Request<TransferLeadershipRequest>,
+    ) -> Result<Response<TransferLeadershipResponse>, Status> {
+        let limit = timeout(request.metadata()).unwrap_or(TRANSFER_TIMEOUT).min(TRANSFER_TIMEOUT);
+        let TransferLeadershipRequest { cluster_id, to_peer } = request.into_inner();
+        self.check_cluster(&cluster_id)?;
+        let to = (to_peer != 0).then_some(to_peer);
+        let done = self.consensus.transfer_here(to, Instant::now() + limit).await;
+        done.map(|leader| Response::new(TransferLeadershipResponse { leader })).map_err(|error| error.to_status())
     }
 
     async fn read_index(&self, request: Request<ReadIndexRequest>) -> Result<Response<ReadIndexResponse>, Status> {

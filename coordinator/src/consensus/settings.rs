@@ -1,6 +1,8 @@
 //! What consensus has to be told, and the relations that its limits must keep.
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
+use cresset_core::command::VOTERS_MAX;
+
 /// Largest encoded command. A model configuration is at most 1 MiB, a plan of 10,000 moves about the same.
 pub const COMMAND_BYTES_MAX: usize = 2 << 20;
 /// Largest encoded snapshot.
@@ -13,8 +15,11 @@ pub struct Settings {
     pub cluster_id: String,
     /// This coordinator's id, one of `peers`; never 0.
     pub id: u64,
-    /// `host:port` of the peer service of every coordinator, this one included.
+    /// `host:port` of the peer service of the coordinators that found the cluster, this one included. Once it is founded, who
+    /// the members are is agreed on; the addresses here count until they announce others.
     pub peers: BTreeMap<u64, String>,
+    /// An empty folder waits to be added to a cluster, rather than to found one.
+    pub join: bool,
     /// Where the log, the snapshots and the identity file live.
     pub data_dir: PathBuf,
     /// How long a tick lasts. Everything in ticks scales with it.
@@ -52,6 +57,7 @@ impl Settings {
             cluster_id: cluster_id.into(),
             id,
             peers,
+            join: false,
             data_dir: data_dir.into(),
             tick: Duration::from_millis(50),
             heartbeat_ticks: 1,
@@ -85,7 +91,8 @@ impl Settings {
         want(self.id != 0, "id", "must not be 0".to_owned());
         want(self.peers.contains_key(&self.id), "peers", format!("lacks c{}, which is this coordinator", self.id));
         want(!self.peers.contains_key(&0), "peers", "names a peer 0; ids start at 1".to_owned());
-        want(self.peers.len() <= 9, "peers", format!("has {} members, at most 9 can vote", self.peers.len()));
+        let found = self.peers.len();
+        want(found <= VOTERS_MAX, "peers", format!("has {found} members, at most {VOTERS_MAX} can vote"));
         for (id, address) in &self.peers {
             want(is_host_port(address), "peers", format!("has '{address}' for c{id}, it must be host:port"));
         }

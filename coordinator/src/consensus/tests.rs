@@ -132,10 +132,10 @@ impl Cluster {
     }
 }
 
-/// A command that advances the epoch by one.
+/// A command that advances the epoch by one. Where the peers reach each other stays as it is: they'd follow.
 fn announce(n: u64) -> Command {
     let address = |port: u16| format!("host-{n}:{port}");
-    let info = PeerInfo { grpc_address: address(1), http_address: address(2), peer_address: address(3) };
+    let info = PeerInfo { grpc_address: address(1), http_address: address(2), peer_address: "host:3".to_owned() };
     let mut id = [0; 16];
     id[..8].copy_from_slice(&n.to_be_bytes());
     Command { id: CommandId(id), body: CommandBody::AnnouncePeer { peer: PeerId(1 + n % 3), info } }
@@ -276,7 +276,8 @@ async fn leadership_is_handed_over_before_an_orderly_end() {
     let mut cluster = Cluster::new(unchanged).await;
     let leader = cluster.elected().await;
     let Member { runtime, consensus, mut driver } = cluster.members.remove(&leader).unwrap();
-    consensus.transfer_leadership(Instant::now() + PATIENCE).await;
+    let next = consensus.transfer_leadership(None, Instant::now() + PATIENCE).await.unwrap();
+    assert_ne!(next, leader);
     let status = *consensus.raft().borrow();
     assert!(status.role != Role::Leader && status.leader.is_some_and(|next| next != leader), "{status:?}");
     consensus.stop().await;
@@ -295,11 +296,12 @@ async fn strangers_are_refused() {
     let foreign = client.read_index(ReadIndexRequest { cluster_id: "other".to_owned() }).await.unwrap_err();
     assert_eq!(foreign.code(), Code::PermissionDenied);
     assert!(foreign.message().contains("this is cluster 'test', the caller is of 'other'"), "{foreign}");
-    let honest = DeliverRequest { cluster_id: "test".to_owned(), from_peer: 2, to_peer: 1, messages: Vec::new() };
+    let honest = DeliverRequest { cluster_id: "test".to_owned(), from_peer: 2, to_peer: 1, ..DeliverRequest::default() };
     let strange = [
         DeliverRequest { cluster_id: "other".to_owned(), ..honest.clone() },
         DeliverRequest { from_peer: 9, ..honest.clone() },
         DeliverRequest { from_peer: 1, ..honest.clone() },
+        DeliverRequest { founders: vec![1, 2, 3, 4], ..honest.clone() },
         DeliverRequest { to_peer: 3, ..honest.clone() },
     ];
     for request in strange {
@@ -366,7 +368,7 @@ async fn a_disk_that_fails_ends_the_driver_and_leaves_no_caller_behind() {
     for n in 0..40 {
         let (reply, answer) = oneshot::channel();
         let command = announce(n);
-        let input = inbox::Input::Propose { id: command.id, command: command.encode(), reply };
+        let input = inbox::Input::Propose { id: command.id, command: command.encode(), change: None, reply };
         if inbox.put(input).is_err() {
             break;
         }

@@ -4,24 +4,27 @@
 //! not what is late, so messages that waited for a broken connection for too long are dropped too. A snapshot goes over a
 //! connection of its own, and its fate is always reported.
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+use cresset_core::{ClusterState, PeerId};
 use cresset_proto::raft::v1::{DeliverRequest, InstallSnapshotRequest, raft_service_client::RaftServiceClient};
+use parking_lot::RwLock;
 use rand::Rng as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{
-    Status,
+    Code, Status,
     transport::{Channel, Endpoint},
 };
 use tracing::{debug, info, warn};
 
 use super::{
-    inbox::{Inbox, Input},
+    inbox::{Inbox, Input, WeakInbox},
     node::Envelope,
     settings::Settings,
 };
@@ -37,15 +40,56 @@ pub(super) const REQUEST_BYTES_MAX: usize = 8 << 20;
 const CHUNK_BYTES: usize = 1 << 20;
 /// Messages that waited for longer are of the past.
 const STALE_AFTER: Duration = Duration::from_millis(500);
+/// How a peer that was removed is answered.
+pub(super) const REMOVED: Code = Code::FailedPrecondition;
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
-/// The queues to all other peers.
-pub(super) struct Links(BTreeMap<u64, Link>);
+/// Channels for single calls to the other peers, by their ids. Cheap to clone; [`Links`] keeps it up to date.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Contacts(Arc<RwLock<BTreeMap<u64, Channel>>>);
+
+impl Contacts {
+    /// A channel to this peer, if it is known.
+    pub(super) fn channel(&self, peer: u64) -> Option<Channel> {
+        self.0.read().get(&peer).cloned()
+    }
+}
+
+/// The queues to all other peers, which follow the members and their addresses.
+pub(super) struct Links {
+    wiring: Wiring,
+    links: BTreeMap<u64, Link>,
+    contacts: Contacts,
+    /// What each peer said of itself, as far as it was looked at.
+    announced: BTreeMap<u64, String>,
+}
+
+/// What every link needs.
+struct Wiring {
+    cluster_id: String,
+    id: u64,
+    inbox: WeakInbox,
+    snapshot_timeout: Duration,
+    shutdown: CancellationToken,
+    runtime: tokio::runtime::Handle,
+    founders: Founders,
+}
+
+/// Who founded the cluster, as far as this peer knows.
+type Founders = Arc<RwLock<Vec<u64>>>;
 
 struct Link {
+    address: String,
     messages: mpsc::Sender<Waiting>,
     snapshots: mpsc::Sender<Envelope>,
+    end: CancellationToken,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.end.cancel();
+    }
 }
 
 struct Waiting {
@@ -54,32 +98,80 @@ struct Waiting {
 }
 
 impl Links {
-    /// Starts the tasks; they end with `shutdown`. Must be called inside a runtime.
+    /// Starts the tasks to the peers of the settings; they end with `shutdown`. Must be called inside a runtime.
     pub(super) fn spawn(settings: &Settings, inbox: &Inbox, shutdown: &CancellationToken) -> Self {
-        let others = settings.peers.iter().filter(|(peer, _)| **peer != settings.id);
-        let links = others.map(|(&peer, address)| {
-            let (messages, waiting) = mpsc::channel(QUEUE_MESSAGES_MAX);
-            let (snapshots, transfers) = mpsc::channel(1);
-            let wire = Wire {
-                cluster_id: settings.cluster_id.clone(),
-                id: settings.id,
-                peer,
-                address: address.clone(),
-                inbox: inbox.clone(),
+        let wiring = Wiring {
+            cluster_id: settings.cluster_id.clone(),
+            id: settings.id,
+            inbox: inbox.downgrade(),
+            snapshot_timeout: settings.snapshot_timeout,
+            shutdown: shutdown.clone(),
+            runtime: tokio::runtime::Handle::current(),
+            founders: Founders::default(),
+        };
+        let (links, contacts, announced) = (BTreeMap::new(), Contacts::default(), BTreeMap::new());
+        let mut all = Self { wiring, links, contacts, announced };
+        settings.peers.iter().for_each(|(&peer, address)| all.connect(peer, address));
+        all
+    }
+
+    /// The channels for single calls.
+    pub(super) fn contacts(&self) -> Contacts {
+        self.contacts.clone()
+    }
+
+    /// Connects to new members, to those that moved, and no longer to those that are gone.
+    pub(super) fn follow(&mut self, state: &ClusterState) {
+        if self.wiring.founders.read().len() != state.founders.len() {
+            *self.wiring.founders.write() = state.founders.iter().map(|peer| peer.0).collect();
+        }
+        for (&PeerId(peer), info) in &state.peers {
+            let moved = match self.announced.entry(peer) {
+                // Until it announces another address, the one of the settings is as good.
+                Entry::Vacant(entry) => {
+                    entry.insert(info.peer_address.clone());
+                    !self.links.contains_key(&peer)
+                }
+                Entry::Occupied(mut entry) if *entry.get() != info.peer_address => {
+                    entry.insert(info.peer_address.clone());
+                    true
+                }
+                Entry::Occupied(_) => false,
             };
-            let (to_deliver, to_install) = (wire.clone(), wire);
-            let (deliver_end, install_end) = (shutdown.clone(), shutdown.clone());
-            let timeout = settings.snapshot_timeout;
-            tokio::spawn(async move { deliver_end.run_until_cancelled(to_deliver.deliver(waiting)).await });
-            tokio::spawn(async move { install_end.run_until_cancelled(to_install.install(transfers, timeout)).await });
-            (peer, Link { messages, snapshots })
-        });
-        Self(links.collect())
+            if moved {
+                self.connect(peer, &info.peer_address);
+            }
+        }
+        if state.members.voters.is_empty() {
+            return; // nobody has told yet who they are
+        }
+        let gone = |peer: &u64| !state.members.contains(PeerId(*peer));
+        for (peer, _) in self.links.extract_if(.., |peer, _| gone(peer)) {
+            info!(peer, "no longer a member");
+            self.contacts.0.write().remove(&peer);
+            self.announced.remove(&peer);
+        }
+    }
+
+    fn connect(&mut self, peer: u64, address: &str) {
+        let is_old = self.links.get(&peer).is_some_and(|link| link.address == address);
+        if peer == self.wiring.id || is_old {
+            return;
+        }
+        let Some(inbox) = self.wiring.inbox.upgrade() else { return }; // the process is ending
+        let _inside = self.wiring.runtime.enter();
+        match endpoint(address) {
+            Ok(endpoint) => {
+                self.contacts.0.write().insert(peer, endpoint.connect_lazy());
+                self.links.insert(peer, self.wiring.link(inbox, peer, address));
+            }
+            Err(error) => warn!(peer, address, %error, "the address of a peer can't be one; it isn't connected to"),
+        }
     }
 
     /// Queues a message; `false` if it is lost.
     pub(super) fn send(&self, envelope: Envelope) -> bool {
-        let Some(link) = self.0.get(&envelope.to) else { return false };
+        let Some(link) = self.links.get(&envelope.to) else { return false };
         if envelope.snapshot.is_some() {
             return link.snapshots.try_send(envelope).is_ok();
         }
@@ -87,15 +179,33 @@ impl Links {
     }
 }
 
-/// A connection to a peer that is made when it is first used, and made again when it breaks.
+impl Wiring {
+    /// Two queues to a peer, and the tasks that empty them.
+    fn link(&self, inbox: Inbox, peer: u64, address: &str) -> Link {
+        let (messages, waiting) = mpsc::channel(QUEUE_MESSAGES_MAX);
+        let (snapshots, transfers) = mpsc::channel(1);
+        let wire = Wire {
+            cluster_id: self.cluster_id.clone(),
+            id: self.id,
+            peer,
+            address: address.to_owned(),
+            inbox,
+            founders: Arc::clone(&self.founders),
+        };
+        let (to_deliver, to_install, timeout) = (wire.clone(), wire, self.snapshot_timeout);
+        let end = self.shutdown.child_token();
+        let (deliver_end, install_end) = (end.clone(), end.clone());
+        self.runtime.spawn(async move { deliver_end.run_until_cancelled(to_deliver.deliver(waiting)).await });
+        self.runtime.spawn(async move { install_end.run_until_cancelled(to_install.install(transfers, timeout)).await });
+        Link { address: address.to_owned(), messages, snapshots, end }
+    }
+}
+
+/// How a peer is connected to.
 ///
 /// # Errors
 /// If the address can't be one.
-pub(super) fn channel(address: &str) -> Result<Channel, tonic::transport::Error> {
-    Ok(endpoint(address)?.connect_lazy())
-}
-
-fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
+pub(super) fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
     Ok(Endpoint::from_shared(format!("http://{address}"))?
         .connect_timeout(Duration::from_secs(1))
         .http2_keep_alive_interval(Duration::from_secs(1))
@@ -112,6 +222,7 @@ struct Wire {
     peer: u64,
     address: String,
     inbox: Inbox,
+    founders: Founders,
 }
 
 impl Wire {
@@ -127,6 +238,9 @@ impl Wire {
             if !told {
                 info!(peer = self.peer, address = self.address, problem = status.message(), "connection to peer lost");
                 told = true;
+            }
+            if status.code() == REMOVED && !self.inbox.put_surely(Input::Removed { by: self.peer }).await {
+                return;
             }
             if !self.inbox.put_surely(Input::Unreachable { peer: self.peer }).await {
                 return;
@@ -181,7 +295,8 @@ impl Wire {
             }
             next = waiting.try_recv().ok();
         }
-        DeliverRequest { cluster_id: self.cluster_id.clone(), from_peer: self.id, to_peer: self.peer, messages }
+        let founders = self.founders.read().clone();
+        DeliverRequest { cluster_id: self.cluster_id.clone(), from_peer: self.id, to_peer: self.peer, messages, founders }
     }
 
     async fn install(self, mut transfers: mpsc::Receiver<Envelope>, timeout: Duration) {
@@ -228,6 +343,7 @@ impl Wire {
                 message: if n == 0 { message.clone() } else { Bytes::new() },
                 data: data.slice(start..end),
                 crc32: (n + 1 == count).then_some(crc32),
+                founders: self.founders.read().clone(),
             }
         })
     }

@@ -72,6 +72,7 @@ impl Fake {
 
     pub(super) fn announce(&self, peer: u64, peer_address: &str) {
         let info = PeerInfo { grpc_address: String::new(), http_address: String::new(), peer_address: peer_address.into() };
+        self.0.state.lock().members.voters.insert(PeerId(peer));
         self.apply(CommandBody::AnnouncePeer { peer: PeerId(peer), info });
     }
 

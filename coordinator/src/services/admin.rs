@@ -4,8 +4,9 @@ use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
 use cresset_core::{Command, CommandBody, CommandId, Reject, WorkerId, state::WorkerState};
 use cresset_proto::{
     admin::v1::{
-        DeployRequest, DeployResponse, DrainWorkerRequest, DrainWorkerResponse, LabelRequest, LabelResponse, RepositoryModel,
-        RepositoryRequest, RepositoryResponse, StatusRequest, StatusResponse, UndeployRequest, UndeployResponse,
+        ChangeMembersRequest, ChangeMembersResponse, DeployRequest, DeployResponse, DrainWorkerRequest, DrainWorkerResponse,
+        LabelRequest, LabelResponse, MembersRequest, MembersResponse, RepositoryModel, RepositoryRequest, RepositoryResponse,
+        StatusRequest, StatusResponse, TransferLeadershipRequest, TransferLeadershipResponse, UndeployRequest, UndeployResponse,
         WatchStatusRequest, admin_service_server::AdminService,
     },
     reason::Reason,
@@ -17,7 +18,7 @@ use tonic::{Request, Response, Status};
 use super::{
     Context, deadline,
     deploy::{Wanted, epoch_of},
-    reject_status, repository_status,
+    members, reject_status, repository_status,
 };
 
 /// How often a watched status is looked at anew; what only heartbeats tell changes without a command.
@@ -109,6 +110,27 @@ impl AdminService for Admin {
         let body = CommandBody::DrainWorker { worker, incarnation };
         let outcome = self.context.agree(&Command { id, body }, deadline).await?;
         Ok(Response::new(DrainWorkerResponse { epoch: epoch_of(&outcome), incarnation }))
+    }
+
+    async fn members(&self, _: Request<MembersRequest>) -> Result<Response<MembersResponse>, Status> {
+        Ok(Response::new(self.context.members().await))
+    }
+
+    async fn change_members(&self, request: Request<ChangeMembersRequest>) -> Result<Response<ChangeMembersResponse>, Status> {
+        let deadline = deadline(request.metadata());
+        let request = request.into_inner();
+        let (id, change) = (command_id(&request.command_id)?, members::change(request.change)?);
+        let epoch = self.context.change_members(id, &change, deadline).await?;
+        Ok(Response::new(ChangeMembersResponse { epoch }))
+    }
+
+    async fn transfer_leadership(
+        &self,
+        request: Request<TransferLeadershipRequest>,
+    ) -> Result<Response<TransferLeadershipResponse>, Status> {
+        let deadline = deadline(request.metadata());
+        let leader = self.context.transfer_leadership(&request.into_inner().to, deadline).await?;
+        Ok(Response::new(TransferLeadershipResponse { leader: leader.to_string() }))
     }
 
     async fn repository(&self, _: Request<RepositoryRequest>) -> Result<Response<RepositoryResponse>, Status> {

@@ -28,7 +28,7 @@ use crate::consensus::Role;
 /// How long another coordinator may take to tell its role.
 const PEER_TIMEOUT: Duration = Duration::from_millis(400);
 /// How long the leader may take to answer for another coordinator, or to confirm that it leads.
-const LEADER_TIMEOUT: Duration = Duration::from_millis(1_500);
+pub(super) const LEADER_TIMEOUT: Duration = Duration::from_millis(1_500);
 
 /// Connections to the public ports of the other coordinators.
 #[derive(Default)]
@@ -64,11 +64,16 @@ impl Context {
         self.own_status(current).await
     }
 
-    /// The leader's answer, if another coordinator leads and answers.
-    async fn ask_leader(&self) -> Option<StatusResponse> {
+    /// The leader's services, if another coordinator leads.
+    pub(super) fn leader(&self) -> Option<AdminServiceClient<Channel>> {
         let leader = self.consensus.raft().borrow().leader.map(PeerId).filter(|leader| *leader != self.id)?;
         let address = self.consensus.state().peers.get(&leader)?.grpc_address.clone();
-        let mut client = self.peers.client(&address)?;
+        self.peers.client(&address)
+    }
+
+    /// The leader's answer, if another coordinator leads and answers.
+    async fn ask_leader(&self) -> Option<StatusResponse> {
+        let mut client = self.leader()?;
         let asked = client.status(StatusRequest::default());
         Some(timeout(LEADER_TIMEOUT, asked).await.ok()?.ok()?.into_inner())
     }
@@ -129,6 +134,7 @@ impl Context {
             Role::Leader => CoordinatorRole::Leader,
             Role::Follower => CoordinatorRole::Follower,
             Role::Candidate => CoordinatorRole::Candidate,
+            Role::Learner => CoordinatorRole::Learner,
         };
         Coordinator {
             id: self.id.to_string(),

@@ -39,11 +39,12 @@ fn main() -> std::process::ExitCode {
 fn healthy(first: u64, count: u64) -> bool {
     let found = campaign::healthy(first, count);
     println!(
-        "{} seeds, {:.1} virtual hours, {} operations answered, {} crashes, in {:.1} s",
+        "{} seeds, {:.1} virtual hours, {} operations answered, {} crashes, {} changes of the members, in {:.1} s",
         found.seeds,
         found.simulated_hours(),
         found.answered,
         found.crashes,
+        found.member_changes,
         found.took.as_secs_f64()
     );
     for (seed, violation) in &found.violations {

@@ -22,6 +22,8 @@ pub struct Campaign {
     pub answered: u64,
     /// Lives of coordinators that ended.
     pub crashes: u64,
+    /// Changes of the members that were made.
+    pub member_changes: u64,
     /// Seeds that found something, in order, with what it was.
     pub violations: Vec<(u64, String)>,
     /// True time that it took.
@@ -44,6 +46,7 @@ impl Campaign {
         self.simulated_seconds += report.seconds;
         self.answered += report.answered;
         self.crashes += report.crashes;
+        self.member_changes += report.member_changes;
         self.violations.extend(report.violation.map(|violation| (seed, violation)));
     }
 }

@@ -7,6 +7,7 @@ use std::{
 use cresset_coordinator::consensus::{RaftStatus, Role};
 use cresset_core::{
     ClusterState, Command, CommandBody, CommandId, Effect, Outcome, WorkerId,
+    members::Members,
     routes::{ModelRoute, routes},
     state::{Epoch, Incarnation, ModelKey, WorkerState},
 };
@@ -103,6 +104,7 @@ pub(super) struct Checks {
     routes: BTreeMap<Epoch, u64>,
     lives: BTreeMap<u64, Life>,
     acknowledged: Vec<CommandId>,
+    members: BTreeMap<u64, Members>,
 }
 
 /// One life of a coordinator.
@@ -202,6 +204,15 @@ impl Checks {
         let first = *self.routes.entry(epoch).or_insert(hash);
         if first != hash {
             self.fail(format!("the routes of epoch {epoch} on c{peer} aren't those that others saw"));
+        }
+    }
+
+    /// The same members at the same index everywhere.
+    pub(super) fn members(&mut self, peer: u64, applied: u64, members: &Members) {
+        let first = self.members.entry(applied).or_insert_with(|| members.clone());
+        if first != members {
+            let text = format!("at {applied} the members are {first:?}, and {members:?} on c{peer}");
+            self.fail(text);
         }
     }
 

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use cresset_core::{Command, CommandBody, CommandId, command::DeploySpec};
-use rand::Rng;
+use rand::{Rng, seq::IteratorRandom};
 
 use super::{
     END, MS, SECOND, Us,
@@ -101,7 +101,7 @@ impl World {
         } else {
             What::Read
         };
-        let target = self.random.random_range(1..=self.peers.len() as u64);
+        let target = self.existing().into_iter().choose(&mut self.random).unwrap_or(1);
         let now = self.now;
         if let Some(client) = self.clients.get_mut(&address) {
             client.number += 1;
@@ -124,11 +124,13 @@ impl World {
 
     /// Has the client look again after a while, unless something happens before.
     fn try_in(&mut self, address: Address, pause: Us) {
+        let existing = self.existing();
         let Some(client) = self.clients.get_mut(&address) else { return };
         client.attempt += 1;
         let attempt = client.attempt;
         // An attempt that ran into its time is made elsewhere.
-        client.target = client.target % self.peers.len() as u64 + 1;
+        let next = existing.iter().find(|id| **id > client.target).or(existing.first());
+        client.target = next.copied().unwrap_or(1);
         self.after(pause, Event::Client { address, attempt });
     }
 

@@ -73,6 +73,11 @@ impl LogStore for Disk {
                 if self.mutant == Some(Mutant::ForgetVote) {
                     stored.hard_state.vote = 0;
                 }
+                if self.mutant == Some(Mutant::ForgetMembers) {
+                    let members = stored.snapshot.mut_metadata().mut_conf_state();
+                    (members.voters, members.learners, members.voters_outgoing) = (vec![1, 2, 3], vec![], vec![]);
+                    members.auto_leave = false;
+                }
                 stored
             })
         })

@@ -19,11 +19,14 @@ pub enum Profile {
     Clocks,
     /// Workers come, go, and are cut off.
     Fleet,
+    /// Coordinators are added, promoted, replaced and removed, while others die and are cut off.
+    Members,
 }
 
 impl Profile {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Mixed, Self::CrashStorm, Self::Network, Self::Disks, Self::Clocks, Self::Fleet];
+    pub const ALL: [Self; 7] =
+        [Self::Mixed, Self::CrashStorm, Self::Network, Self::Disks, Self::Clocks, Self::Fleet, Self::Members];
 
     /// The profile of a seed.
     pub fn of(seed: u64) -> Self {
@@ -35,7 +38,16 @@ impl Profile {
         match self {
             Self::CrashStorm => 250 * MS,
             Self::Fleet | Self::Network => 700 * MS,
-            Self::Mixed | Self::Disks | Self::Clocks => SECOND,
+            Self::Mixed | Self::Disks | Self::Clocks | Self::Members => SECOND,
+        }
+    }
+
+    /// Between two looks of the operator at the members, if there is one: at least, and less than.
+    pub(super) fn operator_pause_us(self) -> Option<(Us, Us)> {
+        match self {
+            Self::Members => Some((100 * MS, 1_500 * MS)),
+            Self::Mixed => Some((SECOND, 5 * SECOND)),
+            Self::CrashStorm | Self::Network | Self::Disks | Self::Clocks | Self::Fleet => None,
         }
     }
 
@@ -64,6 +76,17 @@ impl Profile {
             Self::Network => &[(Cut, 6), (Isolate, 6), (Weather, 6), (Crash, 1), (Transfer, 3), (WorkerCut, 2)],
             Self::Disks => &[(SlowDisk, 5), (DiskFull, 4), (CrashInWrite, 5), (Blackout, 3), (Crash, 2)],
             Self::Clocks => &[(Pause, 8), (Clock, 5), (Isolate, 2), (Transfer, 1), (WorkerCrash, 2), (Crash, 1)],
+            Self::Members => &[
+                (Crash, 4),
+                (CrashInWrite, 4),
+                (Cut, 3),
+                (Isolate, 3),
+                (Transfer, 4),
+                (Weather, 2),
+                (Pause, 2),
+                (SlowDisk, 1),
+                (Blackout, 1),
+            ],
             Self::Fleet => &[(WorkerCrash, 10), (WorkerCut, 5), (Judge, 8), (Pause, 2), (Crash, 2), (Cut, 1)],
         }
     }

@@ -84,7 +84,7 @@ impl World {
         self.after(BEAT, Event::Beat { worker: address });
         let Some(worker) = self.workers.get(&address).filter(|worker| worker.alive) else { return };
         let (id, incarnation, reports) = (worker.id.clone(), worker.incarnation, worker.reports(self.now));
-        for to in 1..=self.peers.len() as u64 {
+        for to in self.existing() {
             let request = Request::Beat { worker: id.clone(), incarnation, reports: reports.clone() };
             self.request(address, to, request);
         }
@@ -270,7 +270,8 @@ impl World {
 
     /// At the end: every model has as many ready replicas as it wants and there are workers for.
     pub(super) fn fleet_is_settled(&mut self) {
-        let Some(state) = self.peers.values().find_map(|peer| Some(&peer.node.as_ref()?.machine().state)) else { return };
+        let leader = self.peers.values().find(|peer| peer.leads());
+        let Some(state) = leader.and_then(|peer| Some(&peer.node.as_ref()?.machine().state)) else { return };
         let ready_workers = state.workers_ready().count();
         let mut problem = None;
         for (key, deployment) in &state.models {

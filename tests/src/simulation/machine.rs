@@ -1,7 +1,10 @@
 //! The shipped state machine, with a witness.
 use cresset_coordinator::consensus::StateMachine;
 use cresset_core::{
-    ClusterState, Command, CommandBody, CommandId, DecodeError, Effect, Outcome, apply, snapshot, state::Remembered,
+    ClusterState, Command, CommandBody, CommandId, DecodeError, Effect, Outcome, apply,
+    members::{MemberChange, Members},
+    snapshot,
+    state::Remembered,
 };
 
 use super::Mutant;
@@ -59,6 +62,17 @@ impl StateMachine for Machine {
         Ok(Applied { command, outcome, effects, seen })
     }
 
+    fn change_made(applied: &Applied) -> Option<&MemberChange> {
+        applied.effects.iter().find_map(|effect| match effect {
+            Effect::MembersChanged { change } => Some(change),
+            Effect::EpochAdvanced { .. } | Effect::WorkerFenced { .. } => None,
+        })
+    }
+
+    fn follow(&mut self, members: &Members) {
+        self.state.members = members.clone();
+    }
+
     fn snapshot(&self) -> Vec<u8> {
         if self.mutant == Some(Mutant::ApplyTwiceAfterSnapshot) {
             return snapshot::encode(&ClusterState { remembered: Remembered::default(), ..self.state.clone() });
@@ -70,8 +84,8 @@ impl StateMachine for Machine {
         snapshot::decode(bytes).map(drop)
     }
 
-    fn restore(&mut self, bytes: &[u8]) -> Result<(), DecodeError> {
-        self.state = snapshot::decode(bytes)?;
+    fn restore(&mut self, bytes: &[u8], members: &Members) -> Result<(), DecodeError> {
+        self.state = ClusterState { members: members.clone(), ..snapshot::decode(bytes)? };
         Ok(())
     }
 }

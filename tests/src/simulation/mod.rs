@@ -2,7 +2,8 @@
 //!
 //! What runs is what is shipped: [`Node`](cresset_coordinator::consensus::Node), which is the Raft driver without its
 //! thread, over a disk and a network that are simulated; `apply`, `placement`, `liveness` and `routes`. What is imitated is
-//! their shells: workers that beat and load, the leader's duties, clients that write and read. One seed decides everything
+//! their shells: workers that beat and load, the leader's duties, clients that write and read, an operator who changes the
+//! members. One seed decides everything
 //! (delays, losses, crashes, pauses, clocks), so a run that fails can be had again, to the last message.
 //!
 //! A run has two phases. In the first, faults come and go and only safety is asked for: `checks` looks after every step. In
@@ -13,7 +14,7 @@
 //! clients, so that the shipped code has no switch for them.
 //!
 //! Absent: threads and sockets, and so the driver's thread, `Consensus` and the gRPC transport, which the process tests
-//! cover; changes of the members.
+//! cover.
 pub mod campaign;
 mod checks;
 mod clients;
@@ -21,6 +22,7 @@ mod disk;
 mod faults;
 mod fleet;
 mod machine;
+mod members;
 mod network;
 mod peer;
 mod world;
@@ -60,11 +62,13 @@ pub enum Mutant {
     CompactUnapplied,
     /// A command is answered when it is proposed, not when it is applied.
     AnswerAtPropose,
+    /// A restarted peer takes the founders for the members.
+    ForgetMembers,
 }
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::SendBeforeFsync,
         Self::ForgetVote,
         Self::ApplyTwiceAfterSnapshot,
@@ -73,6 +77,7 @@ impl Mutant {
         Self::VerdictOnNewLife,
         Self::CompactUnapplied,
         Self::AnswerAtPropose,
+        Self::ForgetMembers,
     ];
 }
 
@@ -107,6 +112,8 @@ pub struct Report {
     pub crashes: u64,
     /// Terms that had a leader.
     pub leaders: u64,
+    /// Changes of the members that were made.
+    pub member_changes: u64,
     /// Virtual time that has passed.
     pub seconds: u64,
 }
@@ -117,6 +124,14 @@ pub fn run(scenario: Scenario) -> Report {
     catch_unwind(AssertUnwindSafe(|| world::World::new(scenario).run())).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
-        Report { violation: Some(format!("panicked: {text}")), hash: 0, answered: 0, crashes: 0, leaders: 0, seconds: 0 }
+        Report {
+            violation: Some(format!("panicked: {text}")),
+            hash: 0,
+            answered: 0,
+            crashes: 0,
+            leaders: 0,
+            member_changes: 0,
+            seconds: 0,
+        }
     })
 }

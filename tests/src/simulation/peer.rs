@@ -36,6 +36,8 @@ pub(super) struct Peer {
     reads: BTreeMap<u64, Read>,
     context: u64,
     pub(super) duties: Option<Duties>,
+    /// Its machine, or its part in the cluster, is gone for good.
+    pub(super) is_gone: bool,
 }
 
 /// What a read is for.
@@ -90,6 +92,7 @@ impl Peer {
             reads: BTreeMap::new(),
             context: 0,
             duties: None,
+            is_gone: false,
         }
     }
 
@@ -103,9 +106,11 @@ impl Peer {
     }
 }
 
-fn settings(id: u64, peers: u64) -> Settings {
-    let peers = (1..=peers).map(|id| (id, format!("c{id}:1"))).collect();
-    let mut settings = Settings::new("simulation", id, peers, "simulated");
+fn settings(id: u64, founders: u64) -> Settings {
+    let join = id > founders;
+    let peers = if join { id..=id } else { 1..=founders };
+    let mut settings = Settings::new("simulation", id, peers.map(|id| (id, format!("c{id}:1"))).collect(), "simulated");
+    settings.join = join;
     settings.snapshot_entries = 150;
     settings.keep_entries = 20;
     settings
@@ -122,9 +127,9 @@ fn draw(seed: u64) -> ElectionDraw {
 impl World {
     /// Starts a coordinator from its disk. One whose disk is full waits.
     pub(super) fn start(&mut self, id: u64) {
-        let (seed, mutant, peers) = (self.scenario.seed, self.scenario.mutant, self.peers.len() as u64);
+        let (seed, mutant, founders) = (self.scenario.seed, self.scenario.mutant, self.founders);
         let Some(peer) = self.peers.get_mut(&id) else { return };
-        if peer.node.is_some() {
+        if peer.node.is_some() || peer.is_gone {
             return;
         }
         if peer.knobs.full.get() {
@@ -134,7 +139,7 @@ impl World {
         let Some(disk) = peer.disk.take() else { return };
         let life = peer.life;
         peer.knobs.spent_us.set(0);
-        match Node::new(&settings(id, peers), disk, Machine::new(mutant), draw(seed ^ u64::from(life)), &consensus::silent()) {
+        match Node::new(&settings(id, founders), disk, Machine::new(mutant), draw(seed ^ u64::from(life)), &consensus::silent()) {
             Ok(node) => {
                 self.checks.restarted(id, node.status().applied);
                 peer.node = Some(node);
@@ -186,6 +191,14 @@ impl World {
             self.checks.jumped(id, status.applied);
         }
         self.answer_reads(id, out.readable, status.applied);
+        let peer = self.peers.get(&id)?;
+        let node = peer.node.as_ref()?;
+        self.checks.members(id, status.applied, &node.machine().state.members);
+        self.operator.saw(status.applied, &node.machine().state.members);
+        if node.is_removed() {
+            self.retire(id);
+            return Some(result);
+        }
         if let Err(error) = ended {
             tracing::trace!(id, %error, "the disk ended a life");
             let away = self.between(100 * MS, 2 * SECOND);
@@ -211,6 +224,9 @@ impl World {
 
     pub(super) fn on_message(&mut self, from: u64, to: u64, message: &[u8], snapshot: Option<Bytes>) {
         let carries = snapshot.is_some();
+        if self.is_shut_out(from, to) {
+            return;
+        }
         let taken = self.with_node(to, |node| node.step(from, message, snapshot));
         if let Some(Err(refused)) = &taken {
             // Between honest peers nothing has to be refused but what a newer term made old.
@@ -313,6 +329,10 @@ impl World {
 fn refusal(why: NotTaken) -> Answer {
     match why {
         NotTaken::NotLeader { leader } => Answer::NotLeader(leader),
-        NotTaken::Changing | NotTaken::Overloaded | NotTaken::TooLarge { .. } => Answer::NotLeader(None),
+        NotTaken::Changing
+        | NotTaken::Overloaded
+        | NotTaken::TooLarge { .. }
+        | NotTaken::MembersChanging
+        | NotTaken::Refused(_) => Answer::NotLeader(None),
     }
 }

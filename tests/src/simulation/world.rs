@@ -16,6 +16,7 @@ use super::{
     disk::Fail,
     faults::Fault,
     fleet::{Order, Worker},
+    members::Operator,
     network::{Address, Network},
     peer::Peer,
 };
@@ -87,6 +88,12 @@ pub(super) enum Event {
     Restart {
         peer: u64,
     },
+    /// A coordinator hears that it was removed.
+    Told {
+        peer: u64,
+    },
+    /// The operator looks at the members.
+    Operator,
     Fault,
     /// The end of a fault that lasts.
     Mend(Mend),
@@ -141,6 +148,8 @@ impl Event {
             Self::Fault => (13, 0, 0),
             Self::Mend(_) => (14, 0, 0),
             Self::Heal => (15, 0, 0),
+            Self::Told { peer } => (16, *peer, 0),
+            Self::Operator => (17, 0, 0),
         }
     }
 }
@@ -179,7 +188,9 @@ pub(super) struct World {
     pub(super) now: Us,
     pub(super) random: StdRng,
     pub(super) network: Network,
+    pub(super) founders: u64,
     pub(super) peers: BTreeMap<u64, Peer>,
+    pub(super) operator: Operator,
     pub(super) clients: BTreeMap<Address, Client>,
     pub(super) workers: BTreeMap<Address, Worker>,
     pub(super) checks: Checks,
@@ -190,7 +201,7 @@ pub(super) struct World {
     planned: BinaryHeap<Planned>,
     number: u64,
     trace: DefaultHasher,
-    healed: bool,
+    pub(super) healed: bool,
 }
 
 impl World {
@@ -203,6 +214,8 @@ impl World {
             now: 0,
             random,
             network: Network::default(),
+            founders: peers,
+            operator: Operator::new(peers),
             peers: (1..=peers).map(|id| (id, Peer::new(scenario.mutant))).collect(),
             clients: (0..CLIENTS).map(|number| (FIRST_CLIENT + number, Client::default())).collect(),
             workers: (0..WORKERS).map(worker).filter_map(|(address, worker)| Some((address, worker.ok()?))).collect(),
@@ -266,6 +279,7 @@ impl World {
             self.after(number * 50 * MS, Event::Beat { worker: FIRST_WORKER + number });
         }
         self.after(2 * SECOND, Event::Fault);
+        self.after(3 * SECOND, Event::Operator);
         self.at(CHAOS_SECONDS * SECOND, Event::Heal);
         while self.checks.violation().is_none() {
             let Some(Planned { at, event, .. }) = self.planned.pop().filter(|planned| planned.at < END) else { break };
@@ -281,6 +295,7 @@ impl World {
             answered: self.answered,
             crashes: self.crashes,
             leaders: self.checks.leaders(),
+            member_changes: self.operator.changes,
             seconds: self.now / SECOND,
         }
     }
@@ -311,6 +326,8 @@ impl World {
             Event::WorkerRestart { worker } => self.worker_restart(worker),
             Event::Verdict { worker, incarnation } => self.on_verdict(worker, incarnation),
             Event::Restart { peer } => self.start(peer),
+            Event::Told { peer } => self.retire(peer),
+            Event::Operator => self.on_operator(),
             Event::Fault => self.on_fault(),
             Event::Mend(what) => self.mend(what),
             Event::Heal => self.heal(),
@@ -342,7 +359,7 @@ impl World {
         let mean = self.scenario.profile.pause_us();
         let pause = self.between(mean / 5, mean * 2);
         self.after(pause, Event::Fault);
-        let ids: Vec<u64> = self.peers.keys().copied().collect();
+        let ids = self.existing();
         let workers: Vec<Address> = self.workers.keys().copied().collect();
         let one = *ids.choose(&mut self.random).unwrap_or(&1);
         let worker = *workers.choose(&mut self.random).unwrap_or(&FIRST_WORKER);
@@ -394,7 +411,7 @@ impl World {
                 let rate_permille = self.random.random_range(500..2_000);
                 self.peers.entry(one).and_modify(|peer| peer.rate_permille = rate_permille);
             }
-            Fault::Transfer => drop(self.with_node(leader, |node| node.transfer_leader())),
+            Fault::Transfer => drop(self.with_node(leader, |node| node.transfer_leader(None))),
             Fault::WorkerCrash => self.worker_crash(worker, away),
             Fault::WorkerCut => {
                 self.network.cut(&[worker], &ids, false);
@@ -444,6 +461,7 @@ impl World {
         if let Some((address, _)) = self.clients.iter().find(|(_, client)| client.answered_at < since) {
             self.checks.fail(format!("client {address} has had no answer for 5 s, long after all was healed"));
         }
+        self.members_are_settled();
         self.fleet_is_settled();
         self.checks.nothing_is_lost();
         self.give_up();

@@ -159,7 +159,8 @@ pub async fn send_deploy(
     cluster.call(ask).await
 }
 
-pub(crate) fn command_id() -> bytes::Bytes {
+/// An id for a command, at random.
+pub fn command_id() -> bytes::Bytes {
     bytes::Bytes::copy_from_slice(&rand::random::<[u8; 16]>())
 }
 

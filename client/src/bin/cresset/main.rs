@@ -11,6 +11,7 @@ mod bench;
 mod connect;
 mod deploy;
 mod drain;
+mod member;
 mod npy;
 mod output;
 mod predict;
@@ -58,6 +59,10 @@ enum Command {
     Drain(drain::Args),
     /// List what the model repository has to deploy
     Repository,
+    /// List, add, promote and remove coordinators
+    Member(member::MemberArgs),
+    /// Hand over leadership of the coordinators
+    Leader(member::LeaderArgs),
     /// Run one prediction and print its outputs
     Predict(predict::Args),
     /// Load a model, of any server of the Open Inference Protocol, and report latencies and throughput
@@ -111,6 +116,8 @@ async fn dispatch(command: &Command, settings: Settings, up_settings: up::Settin
         Command::Label(args) => deploy::set_labels(&cluster, args, settings.output).await?,
         Command::Drain(args) => drain::run(&cluster, args, &settings).await?,
         Command::Repository => deploy::repository(&cluster, settings.output).await?,
+        Command::Member(args) => member::member(&cluster, args, settings.output).await?,
+        Command::Leader(args) => member::leader(&cluster, args, settings.output).await?,
         Command::Bench(args) => bench::run(&cluster, args, &settings).await?,
         Command::Predict(args) => predict::run(&cluster, args, settings.output).await?,
     }

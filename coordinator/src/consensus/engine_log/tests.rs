@@ -62,6 +62,27 @@ fn what_was_written_is_read_back() {
 }
 
 #[test]
+fn one_that_joins_may_have_promised_something_before_it_has_a_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut log = EngineLog::open(dir.path(), "demo", 1).unwrap();
+    assert_eq!(log.load().unwrap(), None);
+    // It heard of a term, and no more.
+    log.append(&Batch { hard_state: hard_state(7, 0, 0), sync: true, ..Batch::default() }).unwrap();
+    let stored = reopened(log);
+    assert_eq!((stored.hard_state.term, stored.base, stored.entries.len()), (7, (0, 0), 0));
+    assert_eq!(stored.snapshot, Snapshot::default());
+    // Then it gets what it waited for.
+    let mut log = EngineLog::open(dir.path(), "demo", 1).unwrap();
+    log.load().unwrap();
+    let first = snapshot(50, 6, b"state");
+    let hard_state = hard_state(7, 0, 50);
+    let (clear, compact) = (true, Some((50, 6)));
+    log.append(&Batch { snapshot: Some(&first), clear, compact, hard_state, sync: true, ..Batch::default() }).unwrap();
+    let stored = reopened(log);
+    assert_eq!((stored.snapshot, stored.base), (first, (50, 6)));
+}
+
+#[test]
 fn a_torn_tail_that_promised_nothing_is_cut_off() {
     let dir = tempfile::tempdir().unwrap();
     written(dir.path(), 10);

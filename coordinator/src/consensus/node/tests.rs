@@ -3,7 +3,11 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
 };
 
-use cresset_core::{ClusterState, Command, CommandBody, CommandId, DecodeError, PeerId, state::PeerInfo};
+use cresset_core::{
+    ClusterState, Command, CommandBody, CommandId, DecodeError, PeerId,
+    members::{MemberChange, Members},
+    state::PeerInfo,
+};
 use proptest::prelude::*;
 use protobuf::ProtobufEnum as _;
 use raft::eraftpb::ConfState;
@@ -25,13 +29,17 @@ impl StateMachine for Journal {
         self.0.push(text.clone());
         Ok(text)
     }
+    fn change_made(_outcome: &String) -> Option<&MemberChange> {
+        None
+    }
+    fn follow(&mut self, _members: &Members) {}
     fn snapshot(&self) -> Vec<u8> {
         self.0.join("\n").into_bytes()
     }
     fn check(&self, _snapshot: &[u8]) -> Result<(), DecodeError> {
         Ok(())
     }
-    fn restore(&mut self, snapshot: &[u8]) -> Result<(), DecodeError> {
+    fn restore(&mut self, snapshot: &[u8], _members: &Members) -> Result<(), DecodeError> {
         let text = String::from_utf8_lossy(snapshot);
         self.0 = text.split('\n').filter(|line| !line.is_empty()).map(ToOwned::to_owned).collect();
         Ok(())
@@ -113,7 +121,9 @@ impl<M: StateMachine> Cluster<M> {
 
     fn start(&mut self, id: u64) {
         let disk = self.disks.remove(&id).expect("it isn't running");
-        let node = Node::new(&settings(id), disk, (self.machine)(), draw(), &logger()).unwrap();
+        let mut settings = settings(id);
+        settings.join = id > 3;
+        let node = Node::new(&settings, disk, (self.machine)(), draw(), &logger()).unwrap();
         self.applied.insert(id, Vec::new());
         self.nodes.insert(id, node);
     }
@@ -194,6 +204,8 @@ impl<M: StateMachine> Cluster<M> {
         self.deliver();
     }
 }
+
+mod members;
 
 fn journals() -> Cluster<Journal> {
     Cluster::new(Journal::default)
@@ -318,7 +330,7 @@ fn too_many_bytes_without_a_commit_are_refused() {
 fn leadership_is_handed_over() {
     let mut cluster = journals();
     let old = cluster.elected();
-    cluster.nodes.get_mut(&old).unwrap().transfer_leader();
+    cluster.nodes.get_mut(&old).unwrap().transfer_leader(None).unwrap();
     cluster.ready(old);
     cluster.deliver();
     cluster.until("another leads", |c| c.leader().is_some_and(|leader| leader != old));
@@ -371,19 +383,19 @@ fn a_retry_over_a_change_of_leaders_is_applied_once() {
 }
 
 #[test]
-fn other_members_than_those_of_the_log_are_refused() {
+fn the_log_knows_the_members_whatever_the_settings_say() {
     let mut cluster = journals();
     cluster.crash(1);
     let mut settings = settings(1);
-    settings.peers.insert(4, "127.0.0.1:4".to_owned());
+    settings.peers = BTreeMap::from([(1, "127.0.0.1:1".to_owned()), (4, "127.0.0.1:4".to_owned())]);
     let disk = cluster.disks.remove(&1).unwrap();
-    let error = Node::new(&settings, disk, Journal::default(), draw(), &logger()).map(|_| ()).unwrap_err();
-    assert!(error.to_string().contains("peers are [1, 2, 3, 4], but the log was founded with [1, 2, 3]"), "{error}");
+    let node = Node::new(&settings, disk, Journal::default(), draw(), &logger()).unwrap();
+    assert_eq!(members_of(&node.conf).voters, (1..=3).map(PeerId).collect());
 }
 
 #[test]
 fn a_damaged_snapshot_is_refused_from_a_peer_and_at_start() {
-    let mut damaged = sealed((9, 1), vec![1, 2, 3], b"state");
+    let mut damaged = sealed((9, 1), conf_of(1..=3), b"state");
     let mut data = damaged.get_data().to_vec();
     data[6] ^= 1;
     damaged.set_data(data.into());
@@ -433,7 +445,7 @@ fn hostile_entries() -> impl Strategy<Value = Vec<Entry>> {
 fn hostile() -> impl Strategy<Value = (u64, Message)> {
     let numbers = proptest::array::uniform9(number());
     let envelope = (0..20_i32, 0..5_u64, 0..5_u64, any::<bool>(), 0..4_u8);
-    (envelope, numbers, hostile_entries(), 0..3_u8).prop_map(|((kind, from, to, reject, context), n, entries, members)| {
+    (envelope, numbers, hostile_entries(), 0..5_u8).prop_map(|((kind, from, to, reject, context), n, entries, members)| {
         let mut message = Message { from, to, reject, ..Message::default() };
         message.set_msg_type(MessageType::from_i32(kind).unwrap_or_default());
         (message.term, message.log_term, message.index, message.commit) = (n[0], n[1], n[2], n[3]);
@@ -445,10 +457,12 @@ fn hostile() -> impl Strategy<Value = (u64, Message)> {
             message.index = entries[0].index - 1;
         }
         message.set_entries(entries.into());
-        let mut snapshot = sealed((n[7], n[8]), vec![1, 2, 3], b"state");
+        let mut snapshot = sealed((n[7], n[8]), conf_of(1..=3), b"state");
         let conf = match members {
             0 => ConfState::default(),
             1 => ConfState { voters: vec![1, 1, 9], ..ConfState::default() },
+            2 => ConfState { voters: vec![4, 2], voters_outgoing: vec![1, 2], auto_leave: true, ..ConfState::default() },
+            3 => ConfState { voters: vec![4], learners: vec![1, 2, 3], ..ConfState::default() },
             _ => ConfState { voters: vec![3, 2, 1], ..ConfState::default() },
         };
         snapshot.mut_metadata().set_conf_state(conf);
