@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 include!("native/rpath.rs");
 
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 10] = [
     "module.cpp",
+    "memory.cpp",
     "inputs.cpp",
     "results.cpp",
     "forward.cpp",

@@ -3,6 +3,7 @@
 //! Coordinators read it to deploy, workers to load; both come to the same digest of the same files. Nothing here ever
 //! writes, and a model's name can't lead out of the repository's folder.
 pub mod archive;
+mod digests;
 
 use std::{
     fs::File,
@@ -19,6 +20,8 @@ use cresset_proto::{
 };
 use sha2::{Digest, Sha256};
 
+use self::digests::Digests;
+
 /// Models that a repository may hold; more are not listed.
 const MODELS_MAX: usize = 100_000;
 /// Files that a version may hold.
@@ -30,6 +33,7 @@ const VERSIONS_MAX: usize = 64;
 #[derive(Debug, Clone)]
 pub struct Repository {
     root: PathBuf,
+    digests: Option<Digests>,
 }
 
 /// One version of a model, ready to be deployed or loaded.
@@ -153,7 +157,14 @@ impl RepositoryError {
 impl Repository {
     /// The repository in this folder. Nothing is read yet.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), digests: None }
+    }
+
+    /// The same, which reads files again only when they changed; it and its clones. For whoever trusts the file system to tell:
+    /// who loads a model had better look.
+    #[must_use]
+    pub fn remembering_digests(self) -> Self {
+        Self { digests: Some(Digests::default()), ..self }
     }
 
     /// The folder.
@@ -207,7 +218,12 @@ impl Repository {
         check_model_name(name)?;
         let (version, files, file) = self.locate(name, version, &config)?;
         let folder = self.root.join(name).join(version.to_string());
-        let digest = digest(&folder, &files).map_err(|(file, source)| RepositoryError::Io { name: name.into(), file, source })?;
+        let read = || digest(&folder, &files);
+        let digest = match &self.digests {
+            Some(digests) => digests.get(&folder, &files, read),
+            None => read(),
+        };
+        let digest = digest.map_err(|(file, source)| RepositoryError::Io { name: name.into(), file, source })?;
         let size_bytes = files.iter().map(|(_, size)| size).sum();
         Ok(StoredModel { name: name.to_owned(), version, config, file, size_bytes, digest })
     }

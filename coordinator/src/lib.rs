@@ -97,7 +97,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let others = others(&consensus, &config);
     let store = Store::open(&config.data_dir.join("files"), &config.cluster_id, others).map_err(Error::Store)?;
     tasks.spawn(store.clone().follow(consensus.clone(), closing.clone()));
-    let repository = Repository::new(&config.model_repository);
+    let repository = Repository::new(&config.model_repository).remembering_digests();
     let context = Arc::new(Context::new(config.id, consensus.clone(), fleet, repository, store.clone(), closing.clone()));
     let public = services::routes(&context, &router, server::lanes(config.grpc_threads, 1), config.message_bytes_max);
     let (public, public_health) = server::with_health_and_reflection(public, DESCRIPTORS).await?;

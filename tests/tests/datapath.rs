@@ -292,6 +292,27 @@ async fn a_request_whose_caller_left_is_never_run() {
     assert_eq!(values(&bench.infer(vector("counting", &[0.0])).await.unwrap()), [so_far + 4.0], "abandoned requests were run");
 }
 
+#[tokio::test]
+async fn those_who_left_make_nobody_late() {
+    let (bench, _) = busy().await;
+    let slow = || bench.infer(vector("counting", &[-1.0]));
+    let began = Instant::now();
+    for _ in 0..8 {
+        slow().await.unwrap();
+    }
+    // Far more than the slow one that runs takes, and far less than a hundred of them.
+    let patience = (began.elapsed() / 8) * 10;
+    let hurried = || bench.infer_until(vector("counting", &[0.0]), Some(Instant::now() + patience));
+    let mut runs = Box::pin(slow());
+    let mut left = Box::pin(join_all((0..100).map(|_| slow())));
+    assert!(futures::poll!(&mut runs).is_pending() && futures::poll!(&mut left).is_pending());
+    let refused = hurried().await;
+    assert!(matches!(refused, Err(PredictError::TooLate { .. })), "{refused:?}");
+    drop(left);
+    let (_, answer) = futures::join!(runs, hurried());
+    answer.unwrap();
+}
+
 /// Calls a model without a pause and counts what was served and what was refused, which only "goes" may do.
 async fn call_until(name: &str, worker: Arc<Worker>, counts: watch::Sender<(u32, u32)>, stopped: watch::Receiver<bool>) {
     while !*stopped.borrow() {

@@ -102,7 +102,10 @@ int32_t crst_set_threads(int32_t intra, int32_t inter, crst_error* error);
 // Threads inside one operation for what the calling thread runs.
 int32_t crst_set_intra_op_threads(int32_t intra, crst_error* error);
 
-// Gives what malloc keeps of freed memory back to the system.
+// From now on large blocks of freed tensors are kept for new ones, up to 512 MiB and for 10 s without use.
+int32_t crst_keep_memory(crst_error* error);
+
+// Gives what is kept of freed memory, here and by malloc, back to the system.
 void crst_give_memory_back(void);
 
 // Opens libtorch_cuda.so. It has to come before anything else that asks libtorch for a GPU.

@@ -4,7 +4,6 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
-#include <malloc.h>
 #include <torch/csrc/api/include/torch/cuda.h>
 #include <torch/csrc/jit/passes/tensorexpr_fuser.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
@@ -134,12 +133,6 @@ int32_t crst_set_intra_op_threads(int32_t intra, crst_error* error) {
     // What OpenMP and MKL keep of this belongs to the calling thread.
     at::set_num_threads(intra);
   });
-}
-
-void crst_give_memory_back(void) {
-#ifdef __GLIBC__
-  malloc_trim(0);
-#endif
 }
 
 int32_t crst_cuda_load(const char* path, int32_t* devices, crst_error* error) {

@@ -233,6 +233,26 @@ impl<T> Line<T> {
         dropped
     }
 
+    /// Takes out those whose callers have gone, wherever they are in the line. It looks at each request.
+    pub fn sweep(&mut self, is_alive: impl Fn(&T) -> bool) -> Vec<T> {
+        let mut gone = Vec::new();
+        for level in self.levels.values_mut() {
+            for queue in [&mut level.fresh, &mut level.delayed] {
+                for (waiting, payload) in std::mem::take(queue) {
+                    if is_alive(&payload) {
+                        queue.push_back((waiting, payload));
+                        continue;
+                    }
+                    level.rows -= waiting.rows;
+                    self.requests -= 1;
+                    self.bytes -= waiting.bytes;
+                    gone.push(payload);
+                }
+            }
+        }
+        gone
+    }
+
     /// Decides at `now_us`. `is_alive` says whether a request's caller is still there; those that are gone are taken out
     /// when they are met and given to `gone`.
     pub fn next(

@@ -66,6 +66,8 @@ pub struct ModelQueue {
     running: Vec<Mutex<Running>>,
     /// How long batches run of late, in µs; 0 before the first.
     batch_us: AtomicU64,
+    /// Callers that have gone since the line was last searched for them.
+    gone: AtomicU64,
     ordering: Mutex<Ordering<(Reply, Result<Answered, PredictError>)>>,
     origin: Instant,
     /// For waking instances at a time.
@@ -115,6 +117,20 @@ struct Entry {
     reply: Reply,
 }
 
+/// Whoever waits for an answer.
+struct Caller<'a> {
+    gone: &'a AtomicU64,
+    waits: bool,
+}
+
+impl Drop for Caller<'_> {
+    fn drop(&mut self) {
+        if self.waits {
+            self.gone.fetch_add(1, Relaxed);
+        }
+    }
+}
+
 impl ModelQueue {
     /// A queue in front of these instances, on the runtime that this is called on.
     pub fn start(contract: Arc<Contract>, instances: Vec<PlacedModel>, bounds: Bounds, metrics: ModelMetrics) -> Arc<Self> {
@@ -128,6 +144,7 @@ impl ModelQueue {
             waiting: Mutex::new(State { idle, ..State::default() }),
             running,
             batch_us: 0.into(),
+            gone: 0.into(),
             ordering: Mutex::default(),
             origin: Instant::now(),
             runtime: Handle::current(),
@@ -150,16 +167,18 @@ impl ModelQueue {
     pub async fn run(self: &Arc<Self>, admitted: Admitted, terms: Terms) -> Result<Answered, PredictError> {
         let (reply, answer) = oneshot::channel();
         self.enter(admitted, terms, reply)?;
-        answer.await.unwrap_or_else(|_| Err(PredictError::Unloaded(self.contract.name.clone())))
+        // If the caller goes, it is counted after the reply is closed.
+        let mut caller = Caller { gone: &self.gone, waits: true };
+        let answer = answer.await;
+        caller.waits = false;
+        answer.unwrap_or_else(|_| Err(PredictError::Unloaded(self.contract.name.clone())))
     }
 
     fn enter(self: &Arc<Self>, admitted: Admitted, terms: Terms, reply: Reply) -> Result<(), PredictError> {
-        let model = || self.contract.name.clone();
-        let queueing = &self.contract.queueing;
-        let level = queueing.level(terms.priority);
-        let policy = queueing.policy(level);
+        let level = self.contract.queueing.level(terms.priority);
         let arrived = Instant::now();
         let arrived_us = self.us(arrived);
+        let policy = self.contract.queueing.policy(level);
         let waiting = Waiting {
             arrived_us,
             rows: admitted.rows,
@@ -169,38 +188,60 @@ impl ModelQueue {
             times_out_us: policy.timeout_us(terms.timeout_us).map(|timeout_us| arrived_us.saturating_add(timeout_us)),
             deadline_us: terms.deadline.map(|at| self.us(at)),
         };
+        let pending = Some(self.metrics.statistics.pending());
+        let entry = Entry { admitted, arrived, number: 0, pending, reply };
         let mut state = self.waiting.lock();
+        let mut swept = Vec::new();
+        let taken = match self.take_in(&mut state, waiting, entry) {
+            // Refused for others who have gone: once more without them.
+            Err((_, entry)) if self.gone.swap(0, Relaxed) > 0 => {
+                swept = state.line.sweep(|entry| !entry.reply.is_closed());
+                self.take_in(&mut state, waiting, entry)
+            }
+            taken => taken,
+        };
+        self.show_length(&state);
+        let idle = if taken.is_ok() { state.idle.pop() } else { None };
+        drop(state);
+        for entry in swept {
+            self.settle(entry, Err(PredictError::Deadline));
+        }
+        if let Some(instance) = idle {
+            self.wake(instance);
+        }
+        taken.map_err(|(refusal, _)| refusal)
+    }
+
+    /// Puts a request into the line, or gives it back with the reason.
+    fn take_in(&self, state: &mut State, waiting: Waiting, mut entry: Entry) -> Result<(), (PredictError, Entry)> {
+        let model = || self.contract.name.clone();
         if let Some(closed) = &state.closed {
-            return Err(self.closed_error(closed));
+            return Err((self.closed_error(closed), entry));
         }
         // What can't be answered in time had better hear so at once, while there is time to go elsewhere; and behind it
         // others would be answered too late as well.
         if let Some(deadline_us) = waiting.deadline_us
             && let Some(pace) = self.pace()
-            && let Some(takes_us) = state.line.takes_us(level, waiting.rows, &pace)
-            && arrived_us.saturating_add(takes_us) > deadline_us
+            && let Some(takes_us) = state.line.takes_us(waiting.level, waiting.rows, &pace)
+            && waiting.arrived_us.saturating_add(takes_us) > deadline_us
         {
-            return Err(PredictError::TooLate { model: model(), takes_ms: takes_us / 1_000, pushback: self.pushback() });
+            let error = PredictError::TooLate { model: model(), takes_ms: takes_us / 1_000, pushback: self.pushback() };
+            return Err((error, entry));
         }
-        let number = state.next_number;
-        let pending = Some(self.metrics.statistics.pending());
-        let entry = Entry { admitted, arrived, number, pending, reply };
+        entry.number = state.next_number;
+        let policy = self.contract.queueing.policy(waiting.level);
         match state.line.push(waiting, entry, policy, &self.bounds) {
-            Ok(()) => state.next_number += 1,
-            Err((Full::Requests(requests_max), _)) => {
-                return Err(PredictError::QueueFull { model: model(), requests_max, pushback: self.pushback() });
+            Ok(()) => {
+                state.next_number += 1;
+                Ok(())
             }
-            Err((Full::Bytes(bytes_max), _)) => {
-                return Err(PredictError::QueueBytesFull { model: model(), bytes_max, pushback: self.pushback() });
+            Err((Full::Requests(requests_max), entry)) => {
+                Err((PredictError::QueueFull { model: model(), requests_max, pushback: self.pushback() }, entry))
+            }
+            Err((Full::Bytes(bytes_max), entry)) => {
+                Err((PredictError::QueueBytesFull { model: model(), bytes_max, pushback: self.pushback() }, entry))
             }
         }
-        self.show_length(&state);
-        let idle = state.idle.pop();
-        drop(state);
-        if let Some(instance) = idle {
-            self.wake(instance);
-        }
-        Ok(())
     }
 
     /// How fast the line moves; `None` before the first batch.

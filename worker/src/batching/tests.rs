@@ -240,6 +240,13 @@ proptest! {
         }
         for (now_us, abandons) in steps {
             line.expire(&queueing(0, &[]), now_us);
+            if now_us % 3 == 0 {
+                let before = line.len();
+                let gone = line.sweep(|number| number % 5 != 0);
+                prop_assert!(gone.iter().all(|number| number % 5 == 0));
+                prop_assert_eq!(line.len() + gone.len(), before);
+                prop_assert!(line.walk().all(|(_, _, number)| number % 5 != 0));
+            }
             line.next(4, &queueing(0, &[]), now_us, |number| !abandons || number % 3 != 0, |_| ());
             for level in line.levels.values() {
                 let there: usize = level.fresh.iter().chain(&level.delayed).map(|(waiting, _)| waiting.rows).sum();

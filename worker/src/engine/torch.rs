@@ -30,12 +30,14 @@ use super::{Device, Engine, EngineError, Generation, InputParts, LoadSpec, Model
 pub struct TorchEngine;
 
 /// Sets libtorch's threads for the whole process: `intra` inside one operation, `inter` between
-/// operations. Call it once, before the first load; `inter` can't be changed later.
+/// operations. Call it once, before the first load; `inter` can't be changed later. From then on the memory of large tensors
+/// is kept when they are freed, for the next batch.
 ///
 /// # Errors
 /// [`EngineError::Failed`] if libtorch refuses the numbers.
 pub fn set_threads(intra: u16, inter: u16) -> Result<(), EngineError> {
-    native::set_threads(i32::from(intra.max(1)), i32::from(inter.max(1))).map_err(native::Refusal::into_error)
+    let set = native::set_threads(i32::from(intra.max(1)), i32::from(inter.max(1)));
+    set.and_then(|()| native::keep_memory()).map_err(native::Refusal::into_error)
 }
 
 impl Engine for TorchEngine {

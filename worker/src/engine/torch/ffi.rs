@@ -76,6 +76,7 @@ unsafe extern "C" {
     pub fn crst_free(text: *mut c_char);
     pub fn crst_set_threads(intra: i32, inter: i32, error: *mut Error) -> i32;
     pub fn crst_set_intra_op_threads(intra: i32, error: *mut Error) -> i32;
+    pub fn crst_keep_memory(error: *mut Error) -> i32;
     pub fn crst_give_memory_back();
     pub fn crst_cuda_load(path: *const c_char, devices: *mut i32, error: *mut Error) -> i32;
     pub fn crst_cuda_memory(ordinal: i32, free: *mut u64, total: *mut u64, error: *mut Error) -> i32;

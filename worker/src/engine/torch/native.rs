@@ -143,6 +143,12 @@ pub fn set_intra_op_threads(intra: i32) -> Result<(), Refusal> {
     checked(|error| unsafe { ffi::crst_set_intra_op_threads(intra, error) })
 }
 
+/// Has large blocks of freed tensors kept for new ones, from now on.
+pub fn keep_memory() -> Result<(), Refusal> {
+    // SAFETY: no pointers but the error's. Tensors that are there already are freed as they were made: each carries its deleter.
+    checked(|error| unsafe { ffi::crst_keep_memory(error) })
+}
+
 /// Gives freed memory back to the system.
 pub fn give_memory_back() {
     // SAFETY: no pointers; it may be called from any thread at any time.
