@@ -499,6 +499,11 @@ impl RoutesService for FakeCoordinator {
 #[tonic::async_trait]
 impl AdminService for FakeCoordinator {
     type WatchStatusStream = BoxStream<'static, Result<admin::StatusResponse, Status>>;
+    type BackupStream = BoxStream<'static, Result<admin::BackupResponse, Status>>;
+
+    async fn backup(&self, _: Request<admin::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
 
     async fn status(&self, _: Request<admin::StatusRequest>) -> Result<Response<admin::StatusResponse>, Status> {
         if self.leads {

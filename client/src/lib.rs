@@ -27,6 +27,7 @@
 //! What the router doesn't do: it never looks into a tensor, and it never asks a coordinator on a request's way.
 #![forbid(unsafe_code)]
 
+pub mod backup;
 pub mod balance;
 mod client;
 mod coalesce;

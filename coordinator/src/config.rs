@@ -24,6 +24,12 @@ pub const PROGRAM: Program = Program {
             "BOOL",
             "With an empty folder: wait to be added to a running cluster (cresset member add). --peers names its members and this one",
         ),
+        Setting::new(
+            "force-new-group",
+            Some("false"),
+            "BOOL",
+            "After most coordinators are lost for good: go on alone, as a new cluster, from what this folder holds",
+        ),
         Setting::new("data-dir", None, "DIR", "Where the log and the snapshots live"),
         Setting::new("model-repository", None, "DIR", "The model repository's folder"),
         Setting::new("grpc", Some("127.0.0.1:8001"), "HOST:PORT", "The public port: predictions and administration"),
@@ -62,6 +68,8 @@ pub struct Config {
     pub peers: BTreeMap<PeerId, String>,
     /// An empty folder joins a cluster, rather than to found one.
     pub join: bool,
+    /// This coordinator goes on alone, as a new cluster, from what its folder holds of another.
+    pub force_new_group: bool,
     /// Where the log lives.
     pub data_dir: PathBuf,
     /// The model repository's folder.
@@ -146,6 +154,7 @@ impl Config {
             cluster_id: settings.required("cluster-id"),
             peers,
             join: settings.required("join"),
+            force_new_group: settings.required("force-new-group"),
             data_dir: settings.required("data-dir"),
             model_repository,
             grpc: settings.required("grpc"),

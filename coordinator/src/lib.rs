@@ -16,13 +16,14 @@ pub mod consensus;
 pub mod gateway;
 pub mod leader;
 pub mod metrics;
+pub mod recovery;
 pub mod services;
 pub mod store;
 
 use std::{sync::Arc, time::Duration};
 
 use cresset_client::{RouterSettings, repository::Repository};
-use cresset_core::{ClusterState, Command, CommandBody, CommandId, Outcome, PeerId, state::PeerInfo};
+use cresset_core::{Command, CommandBody, CommandId, Outcome, PeerId, state::PeerInfo};
 use cresset_proto::{
     DESCRIPTORS,
     fleet::v1::{files_service_server::FilesServiceServer, membership_service_server::MembershipServiceServer},
@@ -57,6 +58,9 @@ pub enum Error {
     /// The folder for files of models.
     #[error("data-dir: can't make the folder for files of models: {0}")]
     Store(std::io::Error),
+    /// There is a backup to begin from, or a group to give up, and that can't be done.
+    #[error(transparent)]
+    Recovery(#[from] recovery::RecoveryError),
     /// The log can't be written any more.
     #[error("consensus ended: {0}")]
     Consensus(#[from] consensus::NodeError),
@@ -78,7 +82,8 @@ pub struct Listeners {
 /// # Errors
 /// [`Error`]. After [`Error::Consensus`] the process has to end: its log can't be trusted to take more.
 pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> Result<(), Error> {
-    let (consensus, raft, mut driver) = consensus::start(&config.consensus(), ClusterState::new(&config.cluster_id))?;
+    let (consensus, raft, mut driver) = consensus::start(&config.consensus(), recovery::initial(&config)?)?;
+    recovery::begun(&config)?;
     let closing = CancellationToken::new();
     let tasks = TaskTracker::new();
     let settings = leader::Settings::default();

@@ -1,5 +1,6 @@
 //! The public gRPC services: decode, ask a handle, encode. Nothing is decided here.
 mod admin;
+mod backup;
 mod deploy;
 mod inference;
 mod members;

@@ -214,6 +214,19 @@ impl Store {
         client(address).await?.put(requests).await.map(drop)
     }
 
+    /// Where the archives are, each under its digest.
+    pub fn folder(&self) -> &Path {
+        &self.inner.folder
+    }
+
+    /// Sees to it that an archive is here.
+    ///
+    /// # Errors
+    /// Why no other coordinator gave it.
+    pub async fn need(&self, digest: &str) -> Result<(), Status> {
+        if self.has(digest) { Ok(()) } else { self.fetch(digest).await }
+    }
+
     /// Fetches an archive from another coordinator.
     async fn fetch(&self, digest: &str) -> Result<(), Status> {
         let mut last = Status::unavailable("there is no other coordinator");

@@ -3,6 +3,7 @@
 
 mod bad_models;
 mod bench;
+mod beside;
 mod commands;
 mod conformance;
 mod datapath;
@@ -16,6 +17,7 @@ mod lifecycle;
 mod members;
 mod oracle;
 mod outage;
+mod recovery;
 mod settings;
 mod simulation;
 mod slow_readers;

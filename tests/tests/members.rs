@@ -1,12 +1,6 @@
 //! Coordinators come and go, and leadership moves: no caller sees it.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, sync::Arc, time::Duration};
 
 use cresset_proto::{
     admin::v1::{
@@ -15,108 +9,31 @@ use cresset_proto::{
     },
     inference::grpc_inference_service_client::GrpcInferenceServiceClient,
 };
-use cresset_tests::harness::{
-    Cluster, ModelRepository,
-    binaries::{self, Ran, bin_dir, root},
-    leader_of,
-};
+use cresset_tests::harness::{Cluster, ModelRepository, leader_of};
 use rustix::process::Signal;
-use tempfile::TempDir;
 use tokio::time::timeout;
 
-use crate::support::{Load, PATIENCE, Target, admin, cluster, command, inference, others, plus_one};
+use crate::{
+    beside::{Beside, blocks, done, peer_address, shell},
+    support::{Load, PATIENCE, Target, admin, cluster, command, inference, others, plus_one},
+};
 
 const RUNBOOK: &str = "deploy/runbooks/replace-a-dead-coordinator.md";
 
-/// A coordinator beside those of `cresset up`, on a loopback address of its own.
-struct Beside {
-    folder: TempDir,
-    host: String,
-    child: Option<Child>,
-}
-
-impl Beside {
-    fn new(number: u8) -> Self {
-        let [high, low] = (std::process::id() as u16).to_be_bytes();
-        let host = format!("127.{}.{}.{}", 192 | (high & 63), low, number);
-        Self { folder: tempfile::tempdir().unwrap(), host, child: None }
-    }
-
-    fn log(&self) -> PathBuf {
-        self.folder.path().join("log")
-    }
-
-    /// The settings of the runbook, with the addresses and folders of this test.
-    fn configure(&self, settings: &str, cluster: &Cluster, repository: &ModelRepository, id: &str) {
-        let cluster_id = fs::read_to_string(cluster.data_dir().join("cluster-id")).unwrap();
-        let data = self.folder.path().join("data");
-        let text = settings
-            .replace("10.0.0.1:8003", &peer_address(cluster, "c1"))
-            .replace("10.0.0.3:8003", &peer_address(cluster, "c3"))
-            .replace("10.0.0.4", &self.host)
-            .replace("\"production\"", &format!("\"{}\"", cluster_id.trim()))
-            .replace("/var/lib/cresset", data.to_str().unwrap())
-            .replace("/srv/models", repository.path().to_str().unwrap())
-            .replace("c4", id);
-        fs::write(self.folder.path().join("coordinator.toml"), text).unwrap();
-    }
-
-    fn start(&mut self) {
-        let log = fs::File::options().create(true).append(true).open(self.log()).unwrap();
-        let mut command = binaries::command("cresset-coordinator");
-        command.args(["--config", "coordinator.toml", "--exit-with-parent", &std::process::id().to_string()]);
-        command.current_dir(self.folder.path()).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
-        self.child = Some(command.spawn().unwrap());
-    }
-
-    /// Waits until it has ended by itself, and says how.
-    async fn ended(&mut self) -> (Option<i32>, String) {
-        let mut child = self.child.take().unwrap();
-        let wait = tokio::task::spawn_blocking(move || child.wait());
-        let code = timeout(PATIENCE, wait).await.expect("it ends").unwrap().unwrap().code();
-        (code, fs::read_to_string(self.log()).unwrap())
-    }
-}
-
-impl Drop for Beside {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-        if std::thread::panicking() {
-            let log = fs::read_to_string(self.log()).unwrap_or_default();
-            eprintln!("--- {}\n{log}", self.host);
-        }
-    }
-}
-
-/// Where a coordinator of `cresset up` talks to the others.
-fn peer_address(cluster: &Cluster, id: &str) -> String {
-    let words = cluster.process(id).unwrap().command_line();
-    let at = words.iter().position(|word| word == "--peer").unwrap();
-    words[at + 1].to_str().unwrap().to_owned()
-}
-
-/// What stands between fences of this kind in the runbook, in order.
-fn blocks(kind: &str) -> Vec<String> {
-    let text = fs::read_to_string(root().join(RUNBOOK)).unwrap();
-    let fence = format!("```{kind}\n");
-    text.split(&fence).skip(1).map(|rest| rest.split("```").next().unwrap().to_owned()).collect()
-}
-
-/// Runs a block as an operator would, who has these endpoints in their environment.
-fn shell(block: &str, endpoints: &[String], folder: &Path) -> Ran {
-    let path = format!("{}:{}", bin_dir().display(), std::env::var("PATH").unwrap_or_default());
-    let mut command = Command::new("sh");
-    binaries::without_settings(&mut command);
-    command.args(["-ec", block]).env("PATH", path).env("CRESSET_ENDPOINTS", endpoints.join(",")).current_dir(folder);
-    binaries::finish(&mut command).unwrap()
-}
-
-fn done(ran: Ran) -> String {
-    assert_eq!(ran.code, Some(0), "{ran:?}");
-    ran.stdout
+/// The settings of the runbook, with the addresses and folders of this test.
+fn configure(new: &Beside, settings: &str, cluster: &Cluster, repository: &ModelRepository, id: &str) {
+    let cluster_id = fs::read_to_string(cluster.data_dir().join("cluster-id")).unwrap();
+    let name = format!("\"{}\"", cluster_id.trim());
+    let (first, third) = (peer_address(cluster, "c1"), peer_address(cluster, "c3"));
+    let replaced = [
+        ("10.0.0.1:8003", &*first),
+        ("10.0.0.3:8003", &third),
+        ("10.0.0.4", &new.host),
+        ("\"production\"", &name),
+        ("/srv/models", repository.path().to_str().unwrap()),
+        ("c4", id),
+    ];
+    new.configure(settings, &replaced);
 }
 
 /// Load through the Rust client and through one coordinator.
@@ -156,9 +73,9 @@ async fn a_dead_coordinator_is_replaced_as_the_runbook_says() {
     cluster.wait_for("a leader that lives", PATIENCE, leads).await.unwrap();
 
     let mut new = Beside::new(4);
-    let [settings] = blocks("toml").try_into().unwrap();
-    new.configure(&settings, &cluster, &repository, "c4");
-    let steps: [String; 6] = blocks("sh").try_into().expect("six steps");
+    let [settings] = blocks(RUNBOOK, "toml").try_into().unwrap();
+    configure(&new, &settings, &cluster, &repository, "c4");
+    let steps: [String; 6] = blocks(RUNBOOK, "sh").try_into().expect("six steps");
     let [look, add, start, wait, promote, last] = steps.map(|step| step.replace("10.0.0.4", &new.host));
     let folder = new.folder.path().to_owned();
     let run = |block: &str| done(shell(block, &survivors, &folder));
@@ -200,8 +117,8 @@ async fn a_learner_serves_clients_and_has_no_vote() {
     let repository = plus_one();
     let cluster = cluster(3, 2, &repository, &["plus_one"]);
     let mut new = Beside::new(5);
-    let [settings] = blocks("toml").try_into().unwrap();
-    new.configure(&settings, &cluster, &repository, "c9");
+    let [settings] = blocks(RUNBOOK, "toml").try_into().unwrap();
+    configure(&new, &settings, &cluster, &repository, "c9");
     // The settings name c1 and c3 only, as in the runbook.
     assert_eq!(command(&cluster, &["leader", "transfer", "c1"]).code, Some(0));
     // It may be there before it is added; nobody knows it, and it does nothing.

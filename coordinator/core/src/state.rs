@@ -24,6 +24,9 @@ pub type Generation = u64;
 /// Answers that are remembered, so that a command whose caller had to retry is applied once.
 pub const REMEMBERED_COMMANDS_MAX: usize = 10_000;
 
+/// Epochs and generations that a group leaves out when it goes on from a state that may not be the last: more than any uses.
+const REBORN_AHEAD: u64 = 1 << 32;
+
 /// Everything that the coordinators agree on.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ClusterState {
@@ -41,6 +44,9 @@ pub struct ClusterState {
     /// The coordinators that it was founded by; empty if an earlier version of Cresset founded it, or as long as it isn't known.
     #[serde(default)]
     pub founders: BTreeSet<PeerId>,
+    /// What it began from: the checksum of a backup; empty if nothing had happened before it.
+    #[serde(default)]
+    pub origin: String,
     /// The highest id of a coordinator that was removed. No id up to it is ever given again.
     #[serde(default)]
     pub peer_removed_last: Option<PeerId>,
@@ -61,6 +67,27 @@ impl ClusterState {
     /// The state of a cluster in which nothing has happened yet.
     pub fn new(cluster_id: impl Into<String>) -> Self {
         Self { cluster_id: cluster_id.into(), ..Self::default() }
+    }
+
+    /// The state in which a new group of coordinators, by another name, goes on from this one. Who the coordinators were is
+    /// forgotten. Workers and what they run stay: those that are still there find themselves again and have nothing to load, and
+    /// the others are soon judged dead.
+    ///
+    /// The old group may have gone on after this state, so the new one leaves out what it can have used: workers and routers
+    /// keep out what is of an earlier epoch than they know, and tell deployments by their generations.
+    #[must_use]
+    pub fn reborn(self, cluster_id: impl Into<String>, origin: impl Into<String>) -> Self {
+        Self {
+            cluster_id: cluster_id.into(),
+            epoch: self.epoch + REBORN_AHEAD,
+            generation_last: self.generation_last + REBORN_AHEAD,
+            peers: BTreeMap::new(),
+            members: Members::default(),
+            founders: BTreeSet::new(),
+            peer_removed_last: None,
+            origin: origin.into(),
+            ..self
+        }
     }
 
     /// The deployed versions of the model called `name`, ascending, those that leave included.

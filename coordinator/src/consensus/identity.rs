@@ -59,20 +59,7 @@ impl Identity {
     /// # Errors
     /// [`LogError::Foreign`], [`LogError::Damaged`] or [`LogError::Io`].
     pub(super) fn open(dir: &Path, cluster_id: &str, node_id: u64) -> Result<Option<Self>, LogError> {
-        let text = match fs::read(dir.join(FILE)) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(io_error(dir, "read identity.json", error)),
-        };
-        let damaged = |problem: String| LogError::Damaged { path: dir.to_owned(), problem };
-        let record: Record =
-            serde_json::from_slice(&text).map_err(|error| damaged(format!("identity.json doesn't parse: {error}")))?;
-        if record.format != FORMAT {
-            return Err(damaged(format!("identity.json has format {}, this version knows {FORMAT}", record.format)));
-        }
-        if record.crc32 != record.checksum() {
-            return Err(damaged("identity.json has a wrong checksum".to_owned()));
-        }
+        let Some(record) = read(dir)? else { return Ok(None) };
         if record.cluster_id != cluster_id || record.node_id != node_id {
             return Err(LogError::Foreign {
                 path: dir.to_owned(),
@@ -83,6 +70,14 @@ impl Identity {
             });
         }
         Ok(Some(Self { dir: dir.to_owned(), cluster_id: record.cluster_id, node_id, watermark: record.watermark }))
+    }
+
+    /// Whose folder it is: the cluster, and the coordinator's number. `None` if nobody's yet.
+    ///
+    /// # Errors
+    /// [`LogError::Damaged`] or [`LogError::Io`].
+    pub(super) fn owner(dir: &Path) -> Result<Option<(String, u64)>, LogError> {
+        Ok(read(dir)?.map(|record| (record.cluster_id, record.node_id)))
     }
 
     /// Makes the folder ours.
@@ -113,6 +108,25 @@ impl Identity {
         self.watermark = watermark;
         Ok(())
     }
+}
+
+/// Reads the file and checks that it is whole.
+fn read(dir: &Path) -> Result<Option<Record>, LogError> {
+    let text = match fs::read(dir.join(FILE)) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io_error(dir, "read identity.json", error)),
+    };
+    let damaged = |problem: String| LogError::Damaged { path: dir.to_owned(), problem };
+    let record: Record =
+        serde_json::from_slice(&text).map_err(|error| damaged(format!("identity.json doesn't parse: {error}")))?;
+    if record.format != FORMAT {
+        return Err(damaged(format!("identity.json has format {}, this version knows {FORMAT}", record.format)));
+    }
+    if record.crc32 != record.checksum() {
+        return Err(damaged("identity.json has a wrong checksum".to_owned()));
+    }
+    Ok(Some(record))
 }
 
 /// The old file stays whole until the new one is.

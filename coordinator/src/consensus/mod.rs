@@ -28,6 +28,7 @@ mod log;
 mod machine;
 mod node;
 mod pending;
+mod salvage;
 mod service;
 mod settings;
 #[cfg(test)]
@@ -50,6 +51,7 @@ pub use handle::{Consensus, DriverHandle};
 pub use log::{Batch, LogError, LogStore, MemoryLog, Stored};
 pub use machine::{Answer, Shared, StateMachine};
 pub use node::{ElectionDraw, Envelope, MemberSeen, Node, NodeError, NotTaken, RaftStatus, Refusal, Role, Round, Sink};
+pub use salvage::{Salvaged, owner, salvage};
 pub use service::{PeerService, RaftServer};
 pub use settings::{COMMAND_BYTES_MAX, Problem, SNAPSHOT_BYTES_MAX, Settings};
 pub use tracing_drain::silent;

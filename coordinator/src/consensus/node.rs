@@ -504,7 +504,7 @@ fn open(snapshot: &Snapshot) -> Option<&[u8]> {
     (u32::from_le_bytes(*crc) == crc32fast::hash(state)).then_some(state)
 }
 
-fn restore<M: StateMachine>(machine: &mut M, snapshot: &Snapshot) -> Result<(), NodeError> {
+pub(super) fn restore<M: StateMachine>(machine: &mut M, snapshot: &Snapshot) -> Result<(), NodeError> {
     let index = snapshot.get_metadata().index;
     let failed = |problem| NodeError::Snapshot { index, problem };
     let state = open(snapshot).ok_or_else(|| failed("its checksum is wrong".to_owned()))?;

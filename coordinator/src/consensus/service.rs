@@ -61,10 +61,23 @@ impl PeerService {
     }
 
     /// A coordinator that was started with an empty folder and without `join` has founded a cluster of its own.
-    fn check_founders(&self, from: u64, theirs: &[u64]) -> Result<(), Status> {
+    /// So has one that was given another backup to begin from.
+    fn check_beginning(&self, from: u64, theirs: &[u64], origin: &str) -> Result<(), Status> {
         let state = self.consensus.state();
         let theirs: BTreeSet<PeerId> = theirs.iter().copied().map(PeerId).collect();
-        if theirs.is_empty() || state.founders.is_empty() || theirs == state.founders {
+        if theirs.is_empty() || state.founders.is_empty() {
+            return Ok(());
+        }
+        if theirs == state.founders && origin != state.origin {
+            let (ours, id) = (&state.origin, self.consensus.id());
+            warn!(from, theirs = origin, ours, "refused a call of a peer that began from another backup");
+            return Err(Status::permission_denied(format!(
+                "c{id} began from {}, c{from} from {}: these are two clusters. Begin again with empty folders and the same backup for each",
+                backup(ours),
+                backup(origin)
+            )));
+        }
+        if theirs == state.founders {
             return Ok(());
         }
         let names = |peers: &BTreeSet<PeerId>| peers.iter().take(9).map(PeerId::to_string).collect::<Vec<_>>().join(", ");
@@ -98,7 +111,7 @@ impl PeerService {
         while let Some(request) = stream.message().await? {
             let from = request.from_peer;
             self.check_pair(&request.cluster_id, from, request.to_peer, &mut peer)?;
-            self.check_founders(from, &request.founders)?;
+            self.check_beginning(from, &request.founders, &request.origin)?;
             if request.messages.len() > MESSAGES_MAX {
                 return Err(Status::invalid_argument(format!("messages has more than {MESSAGES_MAX} items")));
             }
@@ -129,7 +142,7 @@ impl PeerService {
         while let Some(request) = stream.message().await? {
             let first = peer.is_none();
             self.check_pair(&request.cluster_id, request.from_peer, request.to_peer, &mut peer)?;
-            self.check_founders(request.from_peer, &request.founders)?;
+            self.check_beginning(request.from_peer, &request.founders, &request.origin)?;
             if crc32.is_some() {
                 return Err(Status::invalid_argument("data goes on after the chunk with crc32"));
             }
@@ -209,4 +222,9 @@ impl RaftService for PeerService {
 
 fn ended() -> Status {
     Status::unavailable("this coordinator is shutting down")
+}
+
+/// What a peer began from, for people.
+fn backup(origin: &str) -> String {
+    if origin.is_empty() { "no backup".to_owned() } else { format!("backup {}", origin.chars().take(16).collect::<String>()) }
 }

@@ -73,11 +73,15 @@ struct Wiring {
     snapshot_timeout: Duration,
     shutdown: CancellationToken,
     runtime: tokio::runtime::Handle,
-    founders: Founders,
+    beginning: Arc<RwLock<Beginning>>,
 }
 
-/// Who founded the cluster, as far as this peer knows.
-type Founders = Arc<RwLock<Vec<u64>>>;
+/// How the cluster began, as far as this peer knows.
+#[derive(Debug, Clone, Default)]
+struct Beginning {
+    founders: Vec<u64>,
+    origin: String,
+}
 
 struct Link {
     address: String,
@@ -107,7 +111,7 @@ impl Links {
             snapshot_timeout: settings.snapshot_timeout,
             shutdown: shutdown.clone(),
             runtime: tokio::runtime::Handle::current(),
-            founders: Founders::default(),
+            beginning: Arc::default(),
         };
         let (links, contacts, announced) = (BTreeMap::new(), Contacts::default(), BTreeMap::new());
         let mut all = Self { wiring, links, contacts, announced };
@@ -122,8 +126,9 @@ impl Links {
 
     /// Connects to new members, to those that moved, and no longer to those that are gone.
     pub(super) fn follow(&mut self, state: &ClusterState) {
-        if self.wiring.founders.read().len() != state.founders.len() {
-            *self.wiring.founders.write() = state.founders.iter().map(|peer| peer.0).collect();
+        if self.wiring.beginning.read().founders.len() != state.founders.len() {
+            let founders = state.founders.iter().map(|peer| peer.0).collect();
+            *self.wiring.beginning.write() = Beginning { founders, origin: state.origin.clone() };
         }
         for (&PeerId(peer), info) in &state.peers {
             let moved = match self.announced.entry(peer) {
@@ -190,7 +195,7 @@ impl Wiring {
             peer,
             address: address.to_owned(),
             inbox,
-            founders: Arc::clone(&self.founders),
+            beginning: Arc::clone(&self.beginning),
         };
         let (to_deliver, to_install, timeout) = (wire.clone(), wire, self.snapshot_timeout);
         let end = self.shutdown.child_token();
@@ -222,7 +227,7 @@ struct Wire {
     peer: u64,
     address: String,
     inbox: Inbox,
-    founders: Founders,
+    beginning: Arc<RwLock<Beginning>>,
 }
 
 impl Wire {
@@ -295,8 +300,9 @@ impl Wire {
             }
             next = waiting.try_recv().ok();
         }
-        let founders = self.founders.read().clone();
-        DeliverRequest { cluster_id: self.cluster_id.clone(), from_peer: self.id, to_peer: self.peer, messages, founders }
+        let Beginning { founders, origin } = self.beginning.read().clone();
+        let (cluster_id, from_peer, to_peer) = (self.cluster_id.clone(), self.id, self.peer);
+        DeliverRequest { cluster_id, from_peer, to_peer, messages, founders, origin }
     }
 
     async fn install(self, mut transfers: mpsc::Receiver<Envelope>, timeout: Duration) {
@@ -334,6 +340,7 @@ impl Wire {
     fn chunks(&self, message: Bytes, data: Bytes) -> impl Iterator<Item = InstallSnapshotRequest> {
         let crc32 = crc32fast::hash(&data);
         let count = data.len().div_ceil(CHUNK_BYTES).max(1);
+        let Beginning { founders, origin } = self.beginning.read().clone();
         (0..count).map(move |n| {
             let (start, end) = (n * CHUNK_BYTES, data.len().min((n + 1) * CHUNK_BYTES));
             InstallSnapshotRequest {
@@ -343,7 +350,8 @@ impl Wire {
                 message: if n == 0 { message.clone() } else { Bytes::new() },
                 data: data.slice(start..end),
                 crc32: (n + 1 == count).then_some(crc32),
-                founders: self.founders.read().clone(),
+                founders: founders.clone(),
+                origin: origin.clone(),
             }
         })
     }

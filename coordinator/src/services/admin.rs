@@ -4,10 +4,10 @@ use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
 use cresset_core::{Command, CommandBody, CommandId, Reject, WorkerId, state::WorkerState};
 use cresset_proto::{
     admin::v1::{
-        ChangeMembersRequest, ChangeMembersResponse, DeployRequest, DeployResponse, DrainWorkerRequest, DrainWorkerResponse,
-        LabelRequest, LabelResponse, MembersRequest, MembersResponse, RepositoryModel, RepositoryRequest, RepositoryResponse,
-        StatusRequest, StatusResponse, TransferLeadershipRequest, TransferLeadershipResponse, UndeployRequest, UndeployResponse,
-        WatchStatusRequest, admin_service_server::AdminService,
+        BackupRequest, ChangeMembersRequest, ChangeMembersResponse, DeployRequest, DeployResponse, DrainWorkerRequest,
+        DrainWorkerResponse, LabelRequest, LabelResponse, MembersRequest, MembersResponse, RepositoryModel, RepositoryRequest,
+        RepositoryResponse, StatusRequest, StatusResponse, TransferLeadershipRequest, TransferLeadershipResponse,
+        UndeployRequest, UndeployResponse, WatchStatusRequest, admin_service_server::AdminService,
     },
     reason::Reason,
 };
@@ -16,7 +16,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tonic::{Request, Response, Status};
 
 use super::{
-    Context, deadline,
+    Context, backup, deadline,
     deploy::{Wanted, epoch_of},
     members, reject_status, repository_status,
 };
@@ -131,6 +131,13 @@ impl AdminService for Admin {
         let deadline = deadline(request.metadata());
         let leader = self.context.transfer_leadership(&request.into_inner().to, deadline).await?;
         Ok(Response::new(TransferLeadershipResponse { leader: leader.to_string() }))
+    }
+
+    type BackupStream = backup::Pieces;
+
+    async fn backup(&self, request: Request<BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        let pieces = self.context.backup(deadline(request.metadata())).await?;
+        Ok(Response::new(pieces))
     }
 
     async fn repository(&self, _: Request<RepositoryRequest>) -> Result<Response<RepositoryResponse>, Status> {

@@ -87,6 +87,8 @@ pub struct Options {
     pub deploy: Vec<String>,
     /// The model repository; [`binaries::demo_models`] unless told otherwise.
     pub model_repository: PathBuf,
+    /// The backup to begin from.
+    pub restore: Option<PathBuf>,
     /// Whether `cresset up` starts again what died.
     pub restart: bool,
     /// The cluster's folder; a temporary one unless told otherwise.
@@ -102,6 +104,7 @@ impl Default for Options {
             workers: 3,
             deploy: vec![],
             model_repository: binaries::demo_models(),
+            restore: None,
             restart: false,
             data_dir: None,
             env: vec![],
@@ -425,6 +428,9 @@ impl Up {
         command.arg("--data-dir").arg(data_dir).arg("--model-repository").arg(&options.model_repository);
         for model in &options.deploy {
             command.args(["--deploy", model]);
+        }
+        if let Some(backup) = &options.restore {
+            command.arg("--restore").arg(backup);
         }
         if options.restart {
             command.arg("--restart");

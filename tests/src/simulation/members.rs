@@ -75,7 +75,8 @@ impl World {
 
     /// Has a change made, or goes on with it later.
     fn pursue(&mut self, mut wish: Wish) {
-        let mut answers = self.peers.values().filter_map(|peer| peer.node.as_ref()?.machine().state.remembered.get(&wish.command.id));
+        let mut answers =
+            self.peers.values().filter_map(|peer| peer.node.as_ref()?.machine().state.remembered.get(&wish.command.id));
         if let Some(outcome) = answers.next().cloned() {
             return self.answered(&wish.change, &outcome);
         }

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 #![allow(rustdoc::broken_intra_doc_links, reason = "comments of flags are help texts, in which [up] is a TOML table")]
 
+mod backup;
 mod bench;
 mod connect;
 mod deploy;
@@ -61,6 +62,8 @@ enum Command {
     Repository,
     /// List, add, promote and remove coordinators
     Member(member::MemberArgs),
+    /// Back up what the coordinators agree on, look into a backup, begin a new cluster from one
+    Backup(backup::BackupArgs),
     /// Hand over leadership of the coordinators
     Leader(member::LeaderArgs),
     /// Run one prediction and print its outputs
@@ -117,6 +120,7 @@ async fn dispatch(command: &Command, settings: Settings, up_settings: up::Settin
         Command::Drain(args) => drain::run(&cluster, args, &settings).await?,
         Command::Repository => deploy::repository(&cluster, settings.output).await?,
         Command::Member(args) => member::member(&cluster, args, settings.output).await?,
+        Command::Backup(args) => backup::run(&cluster, args, settings.output).await?,
         Command::Leader(args) => member::leader(&cluster, args, settings.output).await?,
         Command::Bench(args) => bench::run(&cluster, args, &settings).await?,
         Command::Predict(args) => predict::run(&cluster, args, settings.output).await?,

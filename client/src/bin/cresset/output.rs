@@ -69,6 +69,12 @@ pub fn bytes(count: u64) -> String {
     if unit == 0 { format!("{count} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
+/// A time in milliseconds since 1970, as it is written in HTTP.
+pub fn time(unix_ms: u64) -> String {
+    // Later than the year 9999 can't be written so.
+    httpdate::fmt_http_date(std::time::UNIX_EPOCH + Duration::from_millis(unix_ms.min(250_000_000_000_000)))
+}
+
 /// A duration with one digit behind the point where that says something.
 pub fn seconds(duration: Duration) -> String {
     if duration < Duration::from_secs(1) {

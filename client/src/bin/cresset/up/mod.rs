@@ -10,11 +10,12 @@ mod signals;
 mod view;
 
 use std::{
-    io,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use cresset_client::backup::place;
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::watch,
@@ -69,6 +70,9 @@ pub struct Args {
     /// Start processes that died again, after 0.5 to 5 seconds
     #[arg(long, env = "CRESSET_UP_RESTART")]
     restart: bool,
+    /// Begin a new cluster from a backup, in an empty folder
+    #[arg(long, value_name = "FILE")]
+    restore: Option<PathBuf>,
 }
 
 /// [`Args`], checked.
@@ -83,6 +87,8 @@ pub struct Settings {
     pub device: String,
     pub deploy: Vec<String>,
     pub restart: bool,
+    /// The backup to begin from.
+    pub restore: Option<PathBuf>,
 }
 
 impl Default for Settings {
@@ -96,6 +102,7 @@ impl Default for Settings {
             device: "auto".to_owned(),
             deploy: vec![],
             restart: false,
+            restore: None,
         }
     }
 }
@@ -131,6 +138,7 @@ impl Settings {
             device: device??,
             deploy: deploy.unwrap_or(Some(vec![]))?,
             restart: restart??,
+            restore: args.restore.clone(),
         })
     }
 }
@@ -203,7 +211,7 @@ impl ClusterFile {
     fn write(&self, data_dir: &Path) -> Result<(), UpError> {
         let path = data_dir.join(CLUSTER_FILE);
         let json = serde_json::to_vec_pretty(self).map_err(io::Error::other);
-        let written = json.and_then(|json| plan::write_whole(&path, &json));
+        let written = json.and_then(|json| place(&path, |file| file.write_all(&json)));
         written.map_err(|error| UpError::Io { what: format!("can't write {}", path.display()), error })
     }
 

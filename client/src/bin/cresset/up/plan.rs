@@ -7,6 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use cresset_client::backup::{Backup, BackupError, place};
+
 use super::{
     Settings,
     children::Process,
@@ -34,6 +36,8 @@ pub enum PlanError {
     Libtorch(String),
     #[error("cresset-worker doesn't run: {0}")]
     Worker(String),
+    #[error("restore: {0}")]
+    Restore(#[from] BackupError),
     #[error(transparent)]
     Ports(#[from] PortError),
 }
@@ -59,6 +63,10 @@ impl Plan {
         let repository = repository(settings.model_repository.as_deref(), &data_dir)?;
         let programs = Programs::beside_this_one()?;
         check_worker(&programs.worker)?;
+        if let Some(file) = &settings.restore {
+            let backup = Backup::open(file)?;
+            (1..=settings.coordinators).try_for_each(|n| backup.prepare(&data_dir.join(format!("c{n}"))))?;
+        }
         let block = ports::claim(settings.base_port, settings.coordinators, settings.workers)?;
         let layout = Layout { settings, data_dir: &data_dir, cluster_id: &cluster_id, repository: &repository, base: block.base };
         let mut processes: Vec<_> = (0..settings.coordinators).map(|n| layout.coordinator(n, &programs.coordinator)).collect();
@@ -108,21 +116,8 @@ fn cluster_id(data_dir: &Path, coordinators: usize) -> Result<String, PlanError>
 
 fn new_cluster_id(data_dir: &Path) -> io::Result<String> {
     let id = format!("local-{:08x}", rand::random::<u32>());
-    write_whole(&data_dir.join("cluster-id"), format!("{id}\n").as_bytes())?;
+    place(&data_dir.join("cluster-id"), |file| writeln!(file, "{id}"))?;
     Ok(id)
-}
-
-/// Writes a file so that it is there whole or not at all, also after a power cut.
-///
-/// # Errors
-/// Those of the file system.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let beside = path.with_extension("tmp");
-    let mut file = File::create(&beside)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&beside, path)?;
-    path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
 }
 
 fn repository(given: Option<&Path>, data_dir: &Path) -> Result<PathBuf, PlanError> {
