@@ -189,17 +189,15 @@ impl ModelQueue {
             deadline_us: terms.deadline.map(|at| self.us(at)),
         };
         let pending = Some(self.metrics.statistics.pending());
-        let entry = Entry { admitted, arrived, number: 0, pending, reply };
+        let mut entry = Some(Entry { admitted, arrived, number: 0, pending, reply });
         let mut state = self.waiting.lock();
         let mut swept = Vec::new();
-        let taken = match self.take_in(&mut state, waiting, entry) {
-            // Refused for others who have gone: once more without them.
-            Err((_, entry)) if self.gone.swap(0, Relaxed) > 0 => {
-                swept = state.line.sweep(|entry| !entry.reply.is_closed());
-                self.take_in(&mut state, waiting, entry)
-            }
-            taken => taken,
-        };
+        let mut taken = self.take_in(&mut state, waiting, &mut entry);
+        // Refused for others who have gone: once more without them.
+        if taken.is_err() && self.gone.swap(0, Relaxed) > 0 {
+            swept = state.line.sweep(|entry| !entry.reply.is_closed());
+            taken = self.take_in(&mut state, waiting, &mut entry);
+        }
         self.show_length(&state);
         let idle = if taken.is_ok() { state.idle.pop() } else { None };
         drop(state);
@@ -209,14 +207,14 @@ impl ModelQueue {
         if let Some(instance) = idle {
             self.wake(instance);
         }
-        taken.map_err(|(refusal, _)| refusal)
+        taken
     }
 
-    /// Puts a request into the line, or gives it back with the reason.
-    fn take_in(&self, state: &mut State, waiting: Waiting, mut entry: Entry) -> Result<(), (PredictError, Entry)> {
+    /// Takes a request into the line, or leaves it where it is and says why.
+    fn take_in(&self, state: &mut State, waiting: Waiting, entry: &mut Option<Entry>) -> Result<(), PredictError> {
         let model = || self.contract.name.clone();
         if let Some(closed) = &state.closed {
-            return Err((self.closed_error(closed), entry));
+            return Err(self.closed_error(closed));
         }
         // What can't be answered in time had better hear so at once, while there is time to go elsewhere; and behind it
         // others would be answered too late as well.
@@ -225,23 +223,21 @@ impl ModelQueue {
             && let Some(takes_us) = state.line.takes_us(waiting.level, waiting.rows, &pace)
             && waiting.arrived_us.saturating_add(takes_us) > deadline_us
         {
-            let error = PredictError::TooLate { model: model(), takes_ms: takes_us / 1_000, pushback: self.pushback() };
-            return Err((error, entry));
+            return Err(PredictError::TooLate { model: model(), takes_ms: takes_us / 1_000, pushback: self.pushback() });
         }
-        entry.number = state.next_number;
+        let Some(mut taken) = entry.take() else { return Ok(()) };
+        taken.number = state.next_number;
         let policy = self.contract.queueing.policy(waiting.level);
-        match state.line.push(waiting, entry, policy, &self.bounds) {
-            Ok(()) => {
-                state.next_number += 1;
-                Ok(())
-            }
-            Err((Full::Requests(requests_max), entry)) => {
-                Err((PredictError::QueueFull { model: model(), requests_max, pushback: self.pushback() }, entry))
-            }
-            Err((Full::Bytes(bytes_max), entry)) => {
-                Err((PredictError::QueueBytesFull { model: model(), bytes_max, pushback: self.pushback() }, entry))
-            }
-        }
+        let Err((full, refused)) = state.line.push(waiting, taken, policy, &self.bounds) else {
+            state.next_number += 1;
+            return Ok(());
+        };
+        *entry = Some(refused);
+        let pushback = self.pushback();
+        Err(match full {
+            Full::Requests(requests_max) => PredictError::QueueFull { model: model(), requests_max, pushback },
+            Full::Bytes(bytes_max) => PredictError::QueueBytesFull { model: model(), bytes_max, pushback },
+        })
     }
 
     /// How fast the line moves; `None` before the first batch.

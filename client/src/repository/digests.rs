@@ -18,7 +18,10 @@ const SETTLED_AFTER: Duration = Duration::from_secs(2);
 
 /// What is remembered, by folder. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Digests(Arc<Mutex<HashMap<PathBuf, (Vec<Stamp>, String)>>>);
+pub(super) struct Digests(Arc<Mutex<HashMap<PathBuf, Remembered>>>);
+
+/// How the files were when they were read, and what their digest was.
+type Remembered = (Vec<Stamp>, String);
 
 /// What changes with a file: which one it is, its length, when its content and when anything of it changed, in seconds and
 /// nanoseconds.
