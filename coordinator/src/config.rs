@@ -48,6 +48,12 @@ pub const PROGRAM: Program = Program {
             "One tick of consensus: a heartbeat each, an election after 6 to 12 silent ones",
         ),
         Setting::new("snapshot-entries", Some("10000"), "N", "Log entries between two snapshots"),
+        Setting::new(
+            "disk-kept-mib",
+            Some("64"),
+            "MIB",
+            "Free space that the log leaves on its disk: with less it takes nothing; 0: all",
+        ),
         Setting::new("message-mib-max", Some("2047"), "MIB", "The largest message that is taken or sent"),
         Setting::new("grpc-threads", Some("0"), "N", "Threads that serve the public port; 0: one for each core, up to 16"),
         Setting::new("streams-per-connection-max", Some("4096"), "N", "Calls that one connection may have open"),
@@ -86,6 +92,8 @@ pub struct Config {
     pub tick: Duration,
     /// Log entries between two snapshots.
     pub snapshot_entries: u64,
+    /// Free space that the log leaves on its disk, in bytes.
+    pub disk_kept_bytes: u64,
     /// The largest message, in bytes.
     pub message_bytes_max: usize,
     /// Threads that serve the public port; 0: one for each core.
@@ -163,6 +171,7 @@ impl Config {
             advertise_host: settings.optional("advertise-host").unwrap_or_default(),
             tick: Duration::from_millis(settings.required("tick-ms")),
             snapshot_entries: settings.required("snapshot-entries"),
+            disk_kept_bytes: settings.required::<u64>("disk-kept-mib").saturating_mul(1 << 20),
             message_bytes_max: message_mib.checked_mul(1 << 20).unwrap_or(MESSAGE_BYTES_MAX).min(MESSAGE_BYTES_MAX),
             grpc_threads: settings.required("grpc-threads"),
             streams_per_connection_max,
@@ -186,6 +195,7 @@ impl Config {
             join: self.join,
             tick: self.tick,
             snapshot_entries: self.snapshot_entries,
+            disk_kept_bytes: self.disk_kept_bytes,
             ..consensus::Settings::new(&self.cluster_id, self.id.0, peers, &self.data_dir)
         }
     }

@@ -16,13 +16,17 @@ use super::{
     inbox::{Arrivals, Input},
     log::LogStore,
     machine::{Answer, Shared},
-    node::{Envelope, Node, NodeError, RaftStatus, Role, Sink},
+    node::{Envelope, Node, NodeError, RaftStatus, Refusal, Role, Sink},
     pending::{Pending, ProposeReply, Reads},
+    settings::Settings,
+    space::Space,
     transport::Links,
 };
 
 /// Inputs that are taken together, and so share a write and a sync.
 const BATCH_INPUTS_MAX: usize = 256;
+/// Between two times that a leader without room for its log hands over.
+const HAND_OVER_AGAIN: Duration = Duration::from_secs(30);
 /// How often the log may do work that needs no batch, and callers that hung up are forgotten.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
@@ -50,6 +54,10 @@ pub(super) struct Driver<L: LogStore> {
     published: Published,
     tick: Duration,
     waiters_max: usize,
+    space: Space,
+    is_braked: bool,
+    /// When leadership was last handed over for that.
+    handed_over: Option<Instant>,
 }
 
 /// Where the node's outputs go.
@@ -95,13 +103,23 @@ impl<L: LogStore> Driver<L> {
         arrivals: Arrivals,
         links: Links,
         published: Published,
-        tick: Duration,
-        waiters_max: usize,
+        settings: &Settings,
     ) -> Self {
+        let space = Space::new(&settings.data_dir, settings.disk_kept_bytes);
         let effects = published.effects.clone();
         let (pending, reads) = (Pending::default(), Reads::default());
         let outbox = Outbox { links, pending, reads, effects, lost: Vec::new() };
-        Self { node, arrivals, outbox, published, tick, waiters_max }
+        Self {
+            node,
+            arrivals,
+            outbox,
+            published,
+            tick: settings.tick,
+            waiters_max: settings.waiters_max,
+            space,
+            is_braked: false,
+            handed_over: None,
+        }
     }
 
     /// Runs until it is told to stop, or until the log fails.
@@ -125,6 +143,9 @@ impl<L: LogStore> Driver<L> {
         loop {
             let wait = tick_due.saturating_duration_since(Instant::now());
             let Ok(mut input) = self.arrivals.next(wait) else { break };
+            if input.is_some() {
+                self.mind_space();
+            }
             for _ in 0..BATCH_INPUTS_MAX {
                 match input {
                     Some(Input::Stop) => return Ok(self.node.store_mut().checkpoint()?),
@@ -149,6 +170,24 @@ impl<L: LogStore> Driver<L> {
             }
         }
         Ok(self.node.store_mut().checkpoint()?)
+    }
+
+    /// Stops what makes the log grow before its disk is full. A leader hands over to one that may have room; not too often, since
+    /// the others may have none either.
+    fn mind_space(&mut self) {
+        let lacks = self.space.lacks();
+        let status = self.node.status();
+        if lacks.is_some() != self.is_braked {
+            self.is_braked = lacks.is_some();
+            self.node.brake(lacks.map(|free_bytes| Refusal::DiskFull { peer: status.id, free_mib: free_bytes >> 20 }));
+        }
+        let is_due = self.handed_over.is_none_or(|at| at.elapsed() > HAND_OVER_AGAIN);
+        if self.is_braked && status.role == Role::Leader && is_due {
+            self.handed_over = Some(Instant::now());
+            if let Err(why) = self.node.transfer_leader(None) {
+                debug!(%why, "leadership isn't handed over");
+            }
+        }
     }
 
     fn take(&mut self, input: Input) -> Result<(), NodeError> {

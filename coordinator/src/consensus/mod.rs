@@ -31,6 +31,7 @@ mod pending;
 mod salvage;
 mod service;
 mod settings;
+mod space;
 #[cfg(test)]
 mod tests;
 mod tracing_drain;
@@ -90,7 +91,7 @@ pub fn start(settings: &Settings, mut initial: ClusterState) -> Result<(Consensu
     let published = driver::Published { raft: raft_sender, applied: applied_sender, effects: effects.clone() };
     let links = transport::Links::spawn(settings, &inbox, &shutdown);
     let contacts = links.contacts();
-    let driver = driver::Driver::new(node, arrivals, links, published, settings.tick, settings.waiters_max);
+    let driver = driver::Driver::new(node, arrivals, links, published, settings);
     let (ended_sender, ended) = oneshot::channel();
     let ending = shutdown.clone();
     let thread = thread::Builder::new().name("raft".to_owned()).spawn(move || {

@@ -38,6 +38,8 @@ pub struct Node<L: LogStore, M> {
     /// The members, as of `applied`.
     conf: ConfState,
     contact: members::Contact,
+    /// Why nothing is added to the log.
+    brake: Option<Refusal>,
 }
 
 struct Limits {
@@ -223,7 +225,7 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         let round = Round { id: settings.id, term: raw.raft.term, number: 0 };
         let first = limits.clamp(draw(round));
         let contact = members::Contact::default();
-        let mut node = Self { raw, machine, limits, draw, round, applied, applied_bytes: 0, conf, contact };
+        let mut node = Self { raw, machine, limits, draw, round, applied, applied_bytes: 0, conf, contact, brake: None };
         node.raw.raft.set_randomized_election_timeout(first);
         Ok(node)
     }
@@ -256,6 +258,14 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         if self.raw.raft.prs().get(from).is_some() {
             self.contact.heard(from);
         }
+        if self.brake.is_some() {
+            match message.get_msg_type() {
+                MessageType::MsgSnapshot => return Err(Refused { from, kind: "snapshot", problem: "there is no room for it" }),
+                // As if it had been lost on the way; it is sent again.
+                MessageType::MsgAppend if !message.entries.is_empty() => return Ok(()),
+                _ => {}
+            }
+        }
         // What is left of errors here (a vote from a past term, say) is the library's way of ignoring a message.
         self.guarded(|raw| raw.step(message).ok());
         Ok(())
@@ -273,7 +283,15 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         if self.raw.raft.lead_transferee.is_some() {
             return Err(NotTaken::Changing);
         }
+        if let Some(refusal) = &self.brake {
+            return Err(refusal.clone().into());
+        }
         self.guarded(|raw| raw.propose(Vec::new(), command)).map_err(|_| NotTaken::Overloaded)
+    }
+
+    /// From now on nothing is added to the log, for this reason; `None`: it is again. What needs no room goes on.
+    pub fn brake(&mut self, why: Option<Refusal>) {
+        self.brake = why;
     }
 
     /// Asks for an index that a current read has to wait for, if this peer leads. It is told by [`Sink::readable`], or

@@ -44,6 +44,8 @@ pub struct Settings {
     pub uncommitted_bytes_max: u64,
     /// Callers that wait for a proposal or for a read on this coordinator.
     pub waiters_max: usize,
+    /// Bytes that stay free in the file system of the data folder: with less the log doesn't grow. 0: that isn't looked at.
+    pub disk_kept_bytes: u64,
     /// How long a proposal may wait for its commit before its caller is told that its fate is unknown.
     pub propose_timeout: Duration,
     /// How long one transfer of a snapshot may take.
@@ -70,6 +72,7 @@ impl Settings {
             inflight_messages_max: 64,
             uncommitted_bytes_max: 32 << 20,
             waiters_max: 4_096,
+            disk_kept_bytes: 64 << 20,
             propose_timeout: Duration::from_secs(5),
             snapshot_timeout: Duration::from_secs(60),
         }

@@ -214,6 +214,29 @@ async fn many_callers_at_once_get_one_answer_each() {
     cluster.agreed(60).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_whose_disk_is_full_takes_nothing_until_there_is_room() {
+    let mut cluster = Cluster::new(unchanged).await;
+    let full = cluster.elected().await;
+    cluster.propose(full, 1).await;
+    // No disk has so much room. It may even be elected, by those that have no more than it; then it hands over.
+    cluster.kill(full).await;
+    cluster.adjust = |settings| settings.disk_kept_bytes = u64::MAX;
+    cluster.start(full).await;
+    for n in 2..=20 {
+        cluster.propose(full, n).await;
+    }
+    let there = cluster.members[&full].consensus.applied().borrow().epoch;
+    assert!(there < 20, "it has taken {there}");
+    let lone = cluster.members[&full].consensus.raft().borrow().role;
+    assert_ne!(lone, Role::Leader);
+
+    cluster.kill(full).await;
+    cluster.adjust = unchanged;
+    cluster.start(full).await;
+    cluster.agreed(20).await;
+}
+
 /// A command that is as long as they get.
 fn deploy_largest(n: u8) -> Command {
     let spec = DeploySpec {
@@ -351,7 +374,7 @@ impl LogStore for Failing {
 #[tokio::test]
 async fn a_disk_that_fails_ends_the_driver_and_leaves_no_caller_behind() {
     let peers = BTreeMap::from([(1, "127.0.0.1:1".to_owned())]);
-    let settings = Settings::new("test", 1, peers, "unused");
+    let settings = Settings { tick: Duration::from_millis(5), waiters_max: 10, ..Settings::new("test", 1, peers, "unused") };
     let shared = Shared::new(ClusterState::new("test"));
     let log = Failing { log: MemoryLog::default(), writes_left: 40 };
     let node = Node::new(&settings, log, shared, Box::new(|_| 6), &tracing_drain::logger()).unwrap();
@@ -361,7 +384,7 @@ async fn a_disk_that_fails_ends_the_driver_and_leaves_no_caller_behind() {
     let (effects, _) = broadcast::channel(8);
     let published = driver::Published { raft, applied, effects };
     let links = transport::Links::spawn(&settings, &inbox, &CancellationToken::new());
-    let driver = driver::Driver::new(node, arrivals, links, published, Duration::from_millis(5), 10);
+    let driver = driver::Driver::new(node, arrivals, links, published, &settings);
     let thread = thread::spawn(move || driver.run());
     status.wait_for(|status| status.role == Role::Leader).await.unwrap();
     let mut answers = Vec::new();

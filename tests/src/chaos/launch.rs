@@ -51,6 +51,8 @@ pub fn all(ids: &[String], network: Option<&Network>, data_dir: &Path, repositor
             flag("--peer", place.peer.clone().into());
             flag("--peers", peers.clone().into());
             flag("--data-dir", data_dir.join(id).join("log").into());
+            // Its disk is small.
+            flag("--disk-kept-mib", "8".into());
         } else {
             flag("--coordinators", addresses.clone().into());
             flag("--cache-dir", data_dir.join(id).join("files").into());

@@ -68,6 +68,16 @@ pub enum Refusal {
         /// Who leads.
         leader: u64,
     },
+    /// The log can't grow.
+    #[error(
+        "the disk of c{peer} has {free_mib} MiB left, of which the log takes none: nothing can be agreed on until there is room in the file system of its data folder; predictions and reads go on"
+    )]
+    DiskFull {
+        /// Whose disk.
+        peer: u64,
+        /// What is free.
+        free_mib: u64,
+    },
     /// Only voters lead.
     #[error("c{peer} isn't a voter, so it can't lead; `cresset member list` shows who is")]
     NotAVoter {
@@ -133,6 +143,9 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         if self.raw.raft.has_pending_conf() || !self.conf.voters_outgoing.is_empty() {
             // The library would put an empty entry in its place, without a word.
             return Err(NotTaken::MembersChanging);
+        }
+        if let Some(refusal) = &self.brake {
+            return Err(refusal.clone().into());
         }
         self.check_change(change)?;
         let leaves = match change {
