@@ -2,6 +2,8 @@
 //!
 //! Each stands behind a small TCP relay. [`Fake::die`] drops the relay's sockets at once, which is what the kernel does to the
 //! sockets of a process that is killed.
+mod held;
+
 use std::{
     net::SocketAddr,
     sync::{
@@ -17,7 +19,7 @@ use cresset_proto::{
         admin_service_server::{AdminService, AdminServiceServer},
     },
     fleet::v1::{
-        ModelRoute, Open, RunRequest, RunResponse, ShardRoute, Step, StepError, WatchRequest, WatchResponse, WorkerRoute,
+        ModelRoute, Open, RunRequest, RunResponse, ShardRoute, Step, StepError, TakeRequest, TakeResponse, WatchRequest, WatchResponse, WorkerRoute,
         routes_service_server::{RoutesService, RoutesServiceServer},
         run_request, run_response,
         sequences_service_server::{SequencesService, SequencesServiceServer},
@@ -95,6 +97,7 @@ struct Inner {
     cancelled: watch::Sender<usize>,
     /// What bounds `count` of a decoupled request.
     responses_max: AtomicU64,
+    held: held::Held,
 }
 
 impl Fake {
@@ -111,6 +114,7 @@ impl Fake {
             seen: watch::Sender::new(Vec::new()),
             cancelled: watch::Sender::new(0),
             responses_max: AtomicU64::new(u64::MAX),
+            held: held::Held::default(),
         });
         let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let behind = server.local_addr().unwrap();
@@ -170,6 +174,11 @@ impl Fake {
         self.inner.responses_max.store(count, Ordering::SeqCst);
     }
 
+    /// It holds nothing any more of sequences that could be taken up again.
+    pub(crate) fn forget(&self) {
+        self.inner.held.forget();
+    }
+
     async fn ask(&self, seen: Seen) -> Result<(), Wrong> {
         let script = Arc::clone(&lock(&self.inner.script));
         let todo = script(&seen);
@@ -203,6 +212,7 @@ impl Fake {
         }
         let mut state = open.checkpoint.as_ref().map_or(0, |bytes| u64::from_le_bytes(bytes[..].try_into().unwrap()));
         let mut expected = open.checkpoint_ordinal + 1;
+        let tie = open.resumable.clone().map(|resumable| self.inner.held.attach(resumable, state)).transpose()?;
         self.ask(Seen::Open(open)).await.map_err(Wrong::status)?;
         while let Some(request) = requests.message().await? {
             let Some(run_request::Message::Step(step)) = request.message else { return Err(Status::internal("not a step")) };
@@ -214,7 +224,15 @@ impl Fake {
                 Err(Wrong::Failed(reason)) => Some(reason),
                 Err(Wrong::Refused(status)) => return Err(status),
             };
-            if answers.send(Ok(self.answer(step, failed, id, &mut state))).await.is_err() {
+            let said = |key| parameters::number_of(&step.request.as_ref().unwrap().parameters, key);
+            let (ordinal, ack) = (said(parameters::keys::ORDINAL), said(parameters::keys::ACK));
+            let run = || (self.answer(step, failed, id, &mut state), state);
+            let answer = match &tie {
+                Some(tie) => self.inner.held.step(tie, ordinal, ack, run),
+                None => Some(run().0),
+            };
+            let Some(answer) = answer else { return Err(Reason::TakenOver.status("another router has it")) };
+            if answers.send(Ok(answer)).await.is_err() {
                 return Ok(());
             }
             self.ask(Seen::Answered(id)).await.map_err(Wrong::status)?;
@@ -340,6 +358,10 @@ impl SequencesService for Fake {
             }
         });
         Ok(Response::new(ReceiverStream::new(outgoing).boxed()))
+    }
+
+    async fn take(&self, request: Request<TakeRequest>) -> Result<Response<TakeResponse>, Status> {
+        self.inner.held.take(request.into_inner()).map(Response::new)
     }
 }
 

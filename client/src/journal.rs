@@ -106,6 +106,16 @@ impl Journal {
         }
     }
 
+    /// The journal of a sequence that goes on from a state that somebody else kept.
+    pub fn from_checkpoint(limits: Limits, state: Bytes) -> Self {
+        Self { checkpoint: Some(state), ..Self::new(limits) }
+    }
+
+    /// A request that is kept.
+    pub fn request(&self, ordinal: u64) -> Option<&ModelInferRequest> {
+        self.entry_from(ordinal).filter(|entry| entry.ordinal == ordinal).map(|entry| &entry.request)
+    }
+
     /// Takes the next request and gives it its ordinal.
     ///
     /// # Errors

@@ -1,13 +1,14 @@
 //! Predictions: one request, the requests of a sequence, and streams of both, each with failover.
 //!
 //! [`Router`] is the whole of it for a caller. `unary` sends single requests, `sequence` owns what a sequence needs to
-//! survive its worker, `sessions` finds it by its id, `many` runs a request that is answered any number of times, `answered`
-//! remembers answers of requests that may come again, `stream` puts many requests on one stream, each answer in its place,
-//! `failover` keeps count of what a request has tried.
+//! survive its worker, `sessions` finds it by its id, `resumable` lets it survive its router, `many` runs a request that is
+//! answered any number of times, `answered` remembers answers of requests that may come again, `stream` puts many requests on
+//! one stream, each answer in its place, `failover` keeps count of what a request has tried.
 mod answered;
 mod call;
 mod failover;
 mod many;
+mod resumable;
 mod sequence;
 mod sessions;
 mod stream;

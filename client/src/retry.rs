@@ -171,6 +171,8 @@ fn class_of_reason(reason: Reason, kind: Kind) -> Class {
             // The journal can open it anew anywhere.
             Kind::Sequence => Class::Suspect,
         },
+        // Nobody else has it, or somebody else has it for good.
+        Reason::SequenceLost | Reason::TakenOver => Class::Final,
         // The time that its policy or its caller gives it is over.
         Reason::QueueTimeout | Reason::DeadlineExceeded => Class::Final,
         Reason::InvalidArgument | Reason::ModelFailed | Reason::Unsupported | Reason::LoadFailed => Class::Final,

@@ -1,7 +1,7 @@
 //! Every bound of a router, in one place.
 use std::time::Duration;
 
-use crate::{journal::Limits, workers::ConnectionSettings};
+use crate::{journal::Limits, kept, workers::ConnectionSettings};
 
 /// How a router behaves. The defaults suit a cluster in one data centre.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +34,10 @@ pub struct RouterSettings {
     pub journals_bytes_max: usize,
     /// Bounds of one sequence's journal.
     pub journal: Limits,
+    /// What is kept of the answers of one sequence that its client can take up again.
+    pub kept: kept::Limits,
+    /// How long workers are asked for such a sequence whose router died.
+    pub take_timeout: Duration,
     /// Requests of one stream that may be unanswered.
     pub stream_requests_max: usize,
     /// How long the answer of a request that has a `cresset_request_id` is remembered.
@@ -59,6 +63,8 @@ impl Default for RouterSettings {
             session_bytes_max: 8 << 20,
             journals_bytes_max: 1 << 30,
             journal: Limits::default(),
+            kept: kept::Limits::default(),
+            take_timeout: Duration::from_secs(3),
             stream_requests_max: 128,
             answers_window: Duration::from_secs(60),
             answers_bytes_max: 64 << 20,

@@ -13,6 +13,9 @@ pub const SEQUENCE_ID_BYTES_MAX: usize = 128;
 /// The longest `cresset_request_id`, in bytes.
 pub const REQUEST_ID_BYTES_MAX: usize = 128;
 
+/// The longest `cresset_stream_id`, in bytes.
+pub const STREAM_ID_BYTES_MAX: usize = 128;
+
 /// Keys of [`Parameters`] and of responses.
 pub mod keys {
     /// Position of a request in a sequence: number or text.
@@ -31,6 +34,15 @@ pub mod keys {
     pub const UNORDERED: &str = "cresset_unordered";
     /// An id that the caller gives a request so that it can send it again. Ours, not Triton's.
     pub const REQUEST_ID: &str = "cresset_request_id";
+    /// What a client calls its stream, so that it can go on with it elsewhere. Ours, not Triton's, as the next three.
+    pub const STREAM_ID: &str = "cresset_stream_id";
+    /// The number that a client gives a request of a sequence.
+    pub const ORDINAL: &str = "cresset_ordinal";
+    /// What the client has: the number of the last request of the sequence that was answered with a response; for a decoupled
+    /// model, how many responses to this request.
+    pub const ACK: &str = "cresset_ack";
+    /// Which of the client's connections for this stream it is.
+    pub const ATTEMPT: &str = "cresset_attempt";
     /// On stream responses: the last one of its request.
     pub const FINAL: &str = "triton_final_response";
 }
@@ -54,6 +66,14 @@ pub struct Parameters {
     pub unordered: bool,
     /// `cresset_request_id`; `None` for "" or absent.
     pub request_id: Option<String>,
+    /// `cresset_stream_id`; `None` for "" or absent.
+    pub stream_id: Option<String>,
+    /// `cresset_ordinal`; 0 for none.
+    pub ordinal: u64,
+    /// `cresset_ack`; 0 for none.
+    pub ack: u64,
+    /// `cresset_attempt`; 0 for none.
+    pub attempt: u64,
 }
 
 /// A parameter that isn't what its key demands.
@@ -73,6 +93,9 @@ pub enum ParameterError {
     /// A text longer than [`REQUEST_ID_BYTES_MAX`].
     #[error("parameter 'cresset_request_id' is a string of {0} bytes, the limit is {REQUEST_ID_BYTES_MAX}")]
     RequestIdTooLong(usize),
+    /// A text longer than [`STREAM_ID_BYTES_MAX`].
+    #[error("parameter 'cresset_stream_id' is a string of {0} bytes, the limit is {STREAM_ID_BYTES_MAX}")]
+    StreamIdTooLong(usize),
     /// A `triton_*` key that means nothing.
     #[error("parameter keys starting with 'triton_' are reserved, and '{0}' is not one of them")]
     Reserved(String),
@@ -82,7 +105,7 @@ impl ParameterError {
     /// The reason to refuse the request with.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Kind { .. } | Self::Reserved(_) | Self::RequestIdTooLong(_) => Reason::InvalidArgument,
+            Self::Kind { .. } | Self::Reserved(_) | Self::RequestIdTooLong(_) | Self::StreamIdTooLong(_) => Reason::InvalidArgument,
             // Triton answers UNIMPLEMENTED here, and clients test for it.
             Self::SequenceIdTooLong(_) => Reason::Unsupported,
         }
@@ -105,7 +128,11 @@ impl Parameters {
                 keys::PRIORITY => read.priority = unsigned(key, value)?,
                 keys::TIMEOUT => read.timeout_us = unsigned(key, value)?,
                 keys::EMPTY_FINAL => read.empty_final_response = boolean(key, value)?,
-                keys::REQUEST_ID => read.request_id = request_id(value)?,
+                keys::REQUEST_ID => read.request_id = id(key, value, REQUEST_ID_BYTES_MAX, ParameterError::RequestIdTooLong)?,
+                keys::STREAM_ID => read.stream_id = id(key, value, STREAM_ID_BYTES_MAX, ParameterError::StreamIdTooLong)?,
+                keys::ORDINAL => read.ordinal = unsigned(key, value)?,
+                keys::ACK => read.ack = unsigned(key, value)?,
+                keys::ATTEMPT => read.attempt = unsigned(key, value)?,
                 keys::UNORDERED => read.unordered = boolean(key, value)?,
                 other if other.starts_with("triton_") => return Err(ParameterError::Reserved(other.chars().take(80).collect())),
                 _ => {}
@@ -128,14 +155,22 @@ fn sequence_id(value: Option<&ParameterChoice>) -> Result<Option<SequenceId>, Pa
     }
 }
 
-fn request_id(value: Option<&ParameterChoice>) -> Result<Option<String>, ParameterError> {
+fn id(
+    key: &str,
+    value: Option<&ParameterChoice>,
+    bytes_max: usize,
+    too_long: impl Fn(usize) -> ParameterError,
+) -> Result<Option<String>, ParameterError> {
     match value {
-        Some(ParameterChoice::StringParam(text)) if text.len() > REQUEST_ID_BYTES_MAX => {
-            Err(ParameterError::RequestIdTooLong(text.len()))
-        }
+        Some(ParameterChoice::StringParam(text)) if text.len() > bytes_max => Err(too_long(text.len())),
         Some(ParameterChoice::StringParam(text)) => Ok(Some(text.clone()).filter(|text| !text.is_empty())),
-        _ => Err(kind(keys::REQUEST_ID, "a string")),
+        _ => Err(kind(key, "a string")),
     }
+}
+
+/// A number that a request carries under `key`; 0 where it has none.
+pub fn number_of(map: &HashMap<String, InferParameter>, key: &str) -> u64 {
+    map.get(key).and_then(|parameter| unsigned(key, parameter.parameter_choice.as_ref()).ok()).unwrap_or(0)
 }
 
 fn boolean(key: &str, value: Option<&ParameterChoice>) -> Result<bool, ParameterError> {
@@ -200,6 +235,9 @@ mod tests {
         assert!(one("cresset_request_id", ParameterChoice::Int64Param(1)).is_err());
         let long = one("cresset_request_id", ParameterChoice::StringParam("x".repeat(129))).unwrap_err();
         assert_eq!(long.to_string(), "parameter 'cresset_request_id' is a string of 129 bytes, the limit is 128");
+        assert!(one("cresset_ack", ParameterChoice::StringParam("1".into())).is_err());
+        let long = one("cresset_stream_id", ParameterChoice::StringParam("x".repeat(129))).unwrap_err();
+        assert_eq!(long.to_string(), "parameter 'cresset_stream_id' is a string of 129 bytes, the limit is 128");
         assert!(one("priority", ParameterChoice::Int64Param(-1)).is_err());
         assert!(one("timeout", ParameterChoice::StringParam("1".into())).is_err());
     }

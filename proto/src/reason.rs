@@ -60,6 +60,10 @@ reasons! {
     DeadlineExceeded = "deadline-exceeded" => DeadlineExceeded;
     /// A sequence was continued that isn't open.
     SequenceNotStarted = "sequence-not-started" => InvalidArgument;
+    /// A client wants to go on with a sequence whose state nobody has any more.
+    SequenceLost = "sequence-lost" => Aborted;
+    /// A later connection of the same client has the sequence now.
+    TakenOver = "taken-over" => Aborted;
     /// The state of a sequence couldn't be taken over.
     BadCheckpoint = "bad-checkpoint" => Internal;
     /// The model raised an error.

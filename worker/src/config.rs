@@ -7,7 +7,7 @@ use cresset_runtime::{
     settings::{Problems, Program, Setting, Settings},
 };
 
-use crate::queue::Bounds;
+use crate::{queue::Bounds, sequence::detached};
 
 /// The program and all its settings.
 pub const PROGRAM: Program = Program {
@@ -37,6 +37,14 @@ pub const PROGRAM: Program = Program {
         Setting::new("intra-op-threads", Some("0"), "N", "Threads inside one operation of libtorch; 0: one for each core"),
         Setting::new("queue-requests-max", Some("4096"), "N", "Requests that may wait for one model"),
         Setting::new("queue-mib-max", Some("512"), "MIB", "Input bytes that may wait for one model"),
+        Setting::new(
+            "detached-ms",
+            Some("30000"),
+            "MS",
+            "How long a sequence is held for its client to take it up again by way of another coordinator; 0: not at all",
+        ),
+        Setting::new("detached-sequences-max", Some("10000"), "N", "Sequences that are held so at once; the oldest go first"),
+        Setting::new("detached-mib-max", Some("256"), "MIB", "Their states and answers"),
         Setting::new("message-mib-max", Some("2047"), "MIB", "The largest message that is taken or sent"),
         Setting::new(
             "max-execution-ms",
@@ -102,6 +110,8 @@ pub struct Config {
     pub intra_op_threads: u16,
     /// Bounds of each model's queue.
     pub bounds: Bounds,
+    /// Bounds of the sequences that are held for other routers.
+    pub detached: detached::Bounds,
     /// The largest message, in bytes.
     pub message_bytes_max: usize,
     /// How long one call of a model may run unless its configuration says, in ms; 0: any time.
@@ -150,6 +160,11 @@ impl Config {
             requests_max: settings.required("queue-requests-max"),
             bytes_max: mib(&mut settings, "queue-mib-max", usize::MAX),
         };
+        let detached = detached::Bounds {
+            window: Duration::from_millis(settings.required("detached-ms")),
+            sequences_max: settings.required("detached-sequences-max"),
+            bytes_max: mib(&mut settings, "detached-mib-max", usize::MAX),
+        };
         let streams_per_connection_max: u32 = settings.required("streams-per-connection-max");
         for (name, is_none) in [
             ("queue-requests-max", bounds.requests_max == 0),
@@ -172,6 +187,7 @@ impl Config {
             memory_bytes: (memory_bytes > 0).then_some(memory_bytes),
             intra_op_threads: settings.required("intra-op-threads"),
             bounds,
+            detached,
             message_bytes_max,
             execution_max_ms: settings.required("max-execution-ms"),
             grpc_threads: settings.required("grpc-threads"),

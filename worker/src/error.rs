@@ -121,6 +121,17 @@ pub enum PredictError {
         /// The sequence.
         sequence: String,
     },
+    /// Nobody can go on with a sequence here.
+    #[error("sequence {sequence} of model '{model}' isn't held here as its client left it")]
+    SequenceLost {
+        /// The model.
+        model: String,
+        /// The sequence.
+        sequence: String,
+    },
+    /// A later router has the sequence.
+    #[error("a later connection of the same client goes on with sequence {0}")]
+    TakenOver(String),
     /// The model wants the sequence's id in a form that this one doesn't have.
     #[error("sequence id '{sequence}' doesn't fit the CORRID control input of model '{model}', which is {datatype}")]
     CorrelationId {
@@ -187,6 +198,8 @@ impl PredictError {
             | Self::CorrelationId { .. }
             | Self::SequenceProtocol(_) => Reason::InvalidArgument,
             Self::SequenceNotStarted { .. } => Reason::SequenceNotStarted,
+            Self::SequenceLost { .. } => Reason::SequenceLost,
+            Self::TakenOver(_) => Reason::TakenOver,
             Self::BrokenPromise { .. } => Reason::ModelFailed,
             Self::Engine { source, .. } => match source {
                 EngineError::CannotLoad(_) => Reason::LoadFailed,

@@ -120,6 +120,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     models.devices().set_execution_max_ms(config.execution_max_ms);
     models.devices().set_intra_op_threads(intra_op_threads(&config));
     let worker = Worker::new(config.id.clone(), incarnation(), models);
+    worker.detached.set_bounds(config.detached);
     let introduction = Introduction {
         grpc_address: server::address(&listeners.grpc)?.to_string(),
         http_address: server::address(&listeners.http)?.to_string(),
@@ -138,6 +139,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     tasks.spawn(membership.run(closed.clone()));
     let (routes, health) =
         service::routes(Arc::clone(&worker), server::lanes(config.grpc_threads, 2), config.message_bytes_max).await?;
+    let detached = Arc::clone(&worker.detached);
+    tasks.spawn(closed.clone().run_until_cancelled_owned(async move { detached.sweep().await }));
     tasks.spawn(watch(worker.models.clone(), health.clone(), leaving.clone(), closed.clone()));
     let ready = {
         let (worker, tie) = (Arc::clone(&worker), tie.clone());

@@ -28,6 +28,8 @@ struct Families {
     waiting: IntGaugeVec,
     in_flight: IntGauge,
     sequences: IntGauge,
+    sequences_detached: IntGauge,
+    detached_bytes: IntGauge,
     device_healthy: IntGaugeVec,
     canaries: IntCounterVec,
     overruns: IntCounterVec,
@@ -57,6 +59,11 @@ fn build() -> prometheus::Result<Families> {
         waiting: register(IntGaugeVec::new(Opts::new("cresset_worker_queue_requests", "Requests that wait in a queue."), model)?),
         in_flight: register(IntGauge::new("cresset_worker_requests_in_flight", "Requests between arrival and answer.")?),
         sequences: register(IntGauge::new("cresset_worker_sequences", "Sequences that are open.")?),
+        sequences_detached: register(IntGauge::new(
+            "cresset_worker_sequences_detached",
+            "Sequences that are held for a client that may take them up again by way of another coordinator.",
+        )?),
+        detached_bytes: register(IntGauge::new("cresset_worker_detached_bytes", "Their states and answers.")?),
         device_healthy: register(IntGaugeVec::new(
             Opts::new("cresset_worker_device_healthy", "1 if a device is trusted, 0 if it is fenced."),
             &["device"],
@@ -80,6 +87,12 @@ pub fn in_flight() -> IntGauge {
 /// Sequences that are open.
 pub fn sequences() -> IntGauge {
     FAMILIES.sequences.clone()
+}
+
+/// Sequences that are held for other routers, and their bytes.
+pub fn sequences_detached(count: usize, bytes: usize) {
+    FAMILIES.sequences_detached.set(i64::try_from(count).unwrap_or(i64::MAX));
+    FAMILIES.detached_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
 }
 
 /// A device is trusted, or fenced.

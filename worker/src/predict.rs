@@ -28,7 +28,7 @@ use crate::{
     metrics,
     models::{Models, Runner, ServedModel},
     queue::{Answered, Terms},
-    sequence::Standing,
+    sequence::{Standing, detached::Detached},
     shared_memory::{Placements, SharedMemory},
     statistics::Failure,
 };
@@ -41,6 +41,8 @@ pub struct Worker {
     pub models: Models,
     /// What clients on this host share with it.
     pub shared_memory: SharedMemory,
+    /// Sequences that may have lost their router.
+    pub detached: Arc<Detached>,
     incarnation: AtomicU64,
     draining: AtomicBool,
     requests_total: AtomicU64,
@@ -54,6 +56,7 @@ impl Worker {
             id,
             models,
             shared_memory: SharedMemory::default(),
+            detached: Arc::default(),
             incarnation: incarnation.into(),
             draining: false.into(),
             requests_total: 0.into(),

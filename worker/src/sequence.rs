@@ -6,6 +6,7 @@
 //! with inner state raise, when nobody knows what became of it, a sequence simply ends here, and a router opens it anew from
 //! its journal. A caller that talks to the worker without a router has to start again, and is told so.
 mod controls;
+pub mod detached;
 mod live;
 pub mod state;
 

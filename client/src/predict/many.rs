@@ -39,7 +39,7 @@ pub(super) fn responses(
     checked: Checked,
     options: Arc<CallOptions>,
 ) -> impl Stream<Item = Result<ModelInferResponse, Status>> + Send {
-    let Checked { mut request, version, .. } = checked;
+    let Checked { mut request, version, parameters, .. } = checked;
     // Without it, the end of the responses and the loss of some would look alike.
     request.parameters.insert(keys::EMPTY_FINAL.to_owned(), bool_parameter(true));
     let run = Run {
@@ -49,7 +49,8 @@ pub(super) fn responses(
         request,
         version,
         options,
-        delivered: 0,
+        // A client that lost its router says how far it had come.
+        delivered: parameters.ack,
         link: None,
         last: None,
         patience: None,

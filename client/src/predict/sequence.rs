@@ -10,11 +10,12 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use cresset_proto::{
     fleet::v1::{
-        Open, RunRequest, RunResponse, Step, StepError, run_request, run_response,
+        Open, RunRequest, RunResponse, Step, run_request, run_response,
         sequences_service_client::SequencesServiceClient,
     },
     inference::ModelInferResponse,
     model_config,
+    parameters::{keys, number_of},
     reason::Reason,
 };
 use futures::{StreamExt, TryFutureExt, stream::BoxStream};
@@ -23,17 +24,17 @@ use tokio::{
     time::Instant,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Response, Status};
+use tonic::{Response, Status};
 use tracing::Instrument;
 
 use super::{
     CallOptions, Inner,
     call::{deadline_exceeded, outcome},
     failover::Failover,
-    sessions::{Ask, Key, Reply},
+    resumable::{Place, Resumable, step_status},
+    sessions::{Ask, Beginning, Key, Reply},
 };
 use crate::{
-    balance,
     journal::{Accept, Journal, Lane, Outcome},
     retry::{Kind, PAUSE_MS_MAX, Pays, Verdict},
     routes::{InFlight, ModelRoute, Replica, RouteTable, Version},
@@ -45,6 +46,8 @@ const LINK_QUEUE: usize = 16;
 
 /// A request that has an ordinal and no answer. In order of the ordinals, without gaps.
 struct Pending {
+    /// The client's own; 0 for one that doesn't number its requests.
+    ordinal: u64,
     deadline: Instant,
     /// `None` when the caller's deadline has passed.
     reply: Option<Reply>,
@@ -80,6 +83,10 @@ pub(super) struct Session {
     inbox_open: bool,
     routes: watch::Receiver<Arc<RouteTable>>,
     journal: Journal,
+    /// Of a client that may come back by way of another router.
+    resumable: Option<Resumable>,
+    /// The last ordinal of such a client that was taken.
+    taken: u64,
     pending: VecDeque<Pending>,
     /// Didn't fit the journal; goes in when a checkpoint makes room.
     parked: Option<Ask>,
@@ -105,23 +112,25 @@ impl Session {
     pub(super) fn new(
         router: Arc<Inner>,
         key: Key,
-        id: u64,
+        beginning: Beginning,
         route: &ModelRoute,
         options: CallOptions,
-        inbox: mpsc::Receiver<Ask>,
     ) -> Self {
         let idle_us = model_config::sequence_idle_us(&route.config);
+        let Beginning { id, version, generation, journal, resumable, taken, inbox } = beginning;
         Self {
             key,
             id,
-            version: route.version,
-            generation: route.generation,
+            version,
+            generation,
             idle: Duration::from_micros(idle_us),
             options,
             inbox,
             inbox_open: true,
             routes: router.routes.clone(),
-            journal: Journal::new(router.settings.journal),
+            journal,
+            resumable,
+            taken,
             pending: VecDeque::new(),
             parked: None,
             link: None,
@@ -139,12 +148,13 @@ impl Session {
     }
 
     async fn live(mut self) {
+        self.router.sessions.count_bytes(0, self.bytes());
         loop {
             self.connect();
             if !self.inbox_open && !self.is_awaited() {
                 break;
             }
-            let before = self.journal.bytes();
+            let before = self.bytes();
             match self.next_event().await {
                 Event::Answer(Some(Ok(response))) => self.on_answer(response),
                 Event::Answer(Some(Err(status))) => self.on_link_failed(status),
@@ -164,9 +174,9 @@ impl Session {
                 Event::Deadline => self.on_deadline(),
                 Event::Idle => self.expire(),
             }
-            self.router.sessions.count_bytes(before, self.journal.bytes());
+            self.router.sessions.count_bytes(before, self.bytes());
         }
-        self.router.sessions.count_bytes(self.journal.bytes(), 0);
+        self.router.sessions.count_bytes(self.bytes(), 0);
         self.router.sessions.close(&self.key, self.id);
     }
 
@@ -212,9 +222,15 @@ impl Session {
         self.link.as_ref().map_or("none", |link| &link.replica.worker_id)
     }
 
+    /// Bytes of what is kept.
+    fn bytes(&self) -> usize {
+        self.journal.bytes() + self.resumable.as_ref().map_or(0, Resumable::bytes)
+    }
+
     fn on_ask(&mut self, ask: Ask) {
         self.active_at = Instant::now();
-        let Ask { request, deadline, reply, permits } = ask;
+        let Some(ask) = self.first_time(ask) else { return };
+        let Ask { request, mark, deadline, reply, permits } = ask;
         let total = self.router.sessions.journals_bytes.load(std::sync::atomic::Ordering::Relaxed);
         if total > self.router.settings.journals_bytes_max && self.pending.is_empty() {
             let limit = self.router.settings.journals_bytes_max;
@@ -226,18 +242,45 @@ impl Session {
         }
         match self.journal.push(request) {
             Ok(_) => {
-                self.pending.push_back(Pending { deadline, reply: Some(reply), _permits: permits });
+                let ordinal = mark.map_or(0, |mark| mark.ordinal);
+                self.taken = self.taken.max(ordinal);
+                self.pending.push_back(Pending { ordinal, deadline, reply: Some(reply), _permits: permits });
                 self.send();
             }
             // An answer under way may bring the checkpoint that makes room.
             Err((_, request)) if !self.pending.is_empty() => {
-                self.parked = Some(Ask { request: *request, deadline, reply, permits });
+                self.parked = Some(Ask { request: *request, mark, deadline, reply, permits });
             }
             Err((full, _)) => {
                 // The caller may have gone.
                 let _ = reply.send(Err(Reason::QueueFull.status(full.to_string())));
             }
         }
+    }
+
+    /// Hands a request back if it is the sequence's next; one that came before gets its answer, now or when it is there.
+    fn first_time(&mut self, ask: Ask) -> Option<Ask> {
+        let (Some(resumable), Some(mark)) = (&mut self.resumable, ask.mark) else { return Some(ask) };
+        let place = resumable.place(mark, self.taken, self.router.settings.kept);
+        let answer = match place {
+            Place::Next => return Some(ask),
+            Place::Known(answer) => *answer,
+            Place::Refused(status) => Err(status),
+            Place::UnderWay => {
+                let pending = self.pending.iter_mut().find(|pending| pending.ordinal == mark.ordinal);
+                match pending {
+                    Some(pending) => (pending.deadline, pending.reply) = (ask.deadline, Some(ask.reply)),
+                    None => {
+                        let text = format!("request {} of sequence {} is out of turn", mark.ordinal, self.key.sequence);
+                        // The caller may have gone.
+                        let _ = ask.reply.send(Err(Reason::InvalidArgument.status(text)));
+                    }
+                }
+                return None;
+            }
+        };
+        let _ = ask.reply.send(answer);
+        None
     }
 
     /// Makes sure of a link when somebody waits for an answer and the time for it has come.
@@ -257,8 +300,7 @@ impl Session {
             );
             return self.end(&Reason::SequenceNotStarted.status(text));
         }
-        let place = balance::id_of(&format!("{}/{}", self.key.model, self.key.sequence));
-        let Some(replica) = self.failover.place(&self.router, route, place) else {
+        let Some(replica) = self.failover.place(&self.router, route, self.key.place()) else {
             // Newer routes or the callers' deadlines end this; or time, if there is somebody to try again.
             if !route.replicas.is_empty() {
                 self.resume_at = Some(Instant::now() + Duration::from_millis(PAUSE_MS_MAX));
@@ -287,6 +329,7 @@ impl Session {
             sequence_id: self.key.sequence.to_string(),
             checkpoint: lane.checkpoint.clone(),
             checkpoint_ordinal: lane.checkpoint_ordinal,
+            resumable: self.resumable.as_ref().map(Resumable::open),
         };
         let (requests, outgoing) = mpsc::channel(LINK_QUEUE);
         let first = RunRequest { message: Some(run_request::Message::Open(open)) };
@@ -340,7 +383,12 @@ impl Session {
             Accept::Gap => return self.on_link_failed(Status::internal(format!("the worker answered {ordinal} out of turn"))),
         }
         if let Some(state) = answer.checkpoint {
-            self.journal.checkpoint(ordinal, state);
+            let applied = self.journal.request(ordinal).map_or(0, |request| number_of(&request.parameters, keys::ORDINAL));
+            if self.journal.checkpoint(ordinal, state)
+                && let Some(resumable) = &mut self.resumable
+            {
+                resumable.applied = applied;
+            }
         }
         if let Some(ask) = self.parked.take() {
             self.on_ask(ask);
@@ -349,9 +397,11 @@ impl Session {
 
     fn deliver(&mut self, answer: Result<ModelInferResponse, Status>) {
         self.active_at = Instant::now();
-        if let Some(pending) = self.pending.pop_front()
-            && let Some(reply) = pending.reply
-        {
+        let Some(pending) = self.pending.pop_front() else { return };
+        if let Some(resumable) = &mut self.resumable {
+            resumable.keep(pending.ordinal, &answer);
+        }
+        if let Some(reply) = pending.reply {
             // The caller may have gone.
             let _ = reply.send(answer);
         }
@@ -446,13 +496,5 @@ fn is_the_workers(status: &Status) -> bool {
         // No room for one request: that is its answer.
         Verdict::GiveUp | Verdict::Move { pays: Pays::Overload, .. } => false,
         Verdict::Move { .. } | Verdict::Wait { .. } => true,
-    }
-}
-
-/// A request's own error as a status.
-fn step_status(error: &StepError) -> Status {
-    match error.reason.parse::<Reason>() {
-        Ok(reason) => reason.status(error.message.clone()),
-        Err(()) => Status::new(Code::from_i32(error.code), error.message.clone()),
     }
 }

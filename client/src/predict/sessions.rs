@@ -6,7 +6,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -24,8 +24,17 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{CallOptions, Inner, call::deadline_exceeded, sequence::Session};
-use crate::routes::{ModelRoute, Version};
+use super::{
+    CallOptions, Inner,
+    call::deadline_exceeded,
+    resumable::{self, Mark, Resumable, taken_over},
+    sequence::Session,
+};
+use crate::{
+    balance,
+    journal::Journal,
+    routes::{ModelRoute, Version},
+};
 
 /// Where a request's answer goes.
 pub(super) type Reply = oneshot::Sender<Result<ModelInferResponse, Status>>;
@@ -34,13 +43,23 @@ pub(super) type Reply = oneshot::Sender<Result<ModelInferResponse, Status>>;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     pub(super) model: String,
+    /// What the client calls its stream, if it can go on with it elsewhere.
+    pub(super) stream: Option<String>,
     pub(super) sequence: SequenceId,
+}
+
+impl Key {
+    /// Where in the order of replicas it belongs.
+    pub(super) fn place(&self) -> u64 {
+        balance::id_of(&format!("{}/{}", self.model, self.sequence))
+    }
 }
 
 /// One request on its way into a session.
 #[derive(Debug)]
 pub(super) struct Ask {
     pub(super) request: ModelInferRequest,
+    pub(super) mark: Option<Mark>,
     pub(super) deadline: Instant,
     pub(super) reply: Reply,
     /// Held until the answer is there: what bounds the requests under way.
@@ -52,6 +71,10 @@ struct Handle {
     /// Tells this session from a later one of the same name.
     id: u64,
     version: u64,
+    /// Of a client that numbers its requests: its last attempt, and the first ordinal and the last one that were taken.
+    attempt: Arc<AtomicU64>,
+    first: u64,
+    taken: Arc<AtomicU64>,
     inbox: mpsc::Sender<Ask>,
     requests: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
@@ -115,20 +138,31 @@ pub(super) async fn submit(
     options: &CallOptions,
     deadline: Instant,
 ) -> Result<oneshot::Receiver<Result<ModelInferResponse, Status>>, Status> {
+    let mark = Mark::read(&parameters)?;
     let Some(sequence) = parameters.sequence_id else {
         let text = format!("inference request to model '{}' must specify a non-zero or non-empty correlation ID", route.name);
         return Err(Reason::InvalidArgument.status(text));
     };
-    let key = Key { model: route.name.clone(), sequence };
+    let key = Key { model: route.name.clone(), stream: parameters.stream_id, sequence };
+    let open = router.sessions.find(&key);
+    if let (Some(handle), Some(mark)) = (&open, mark)
+        && handle.attempt.fetch_max(mark.attempt, Ordering::AcqRel) > mark.attempt
+    {
+        return Err(taken_over(&key));
+    }
     let handle = if parameters.sequence_start {
-        open(router, &key, route, options)?
+        open_new(router, &key, route, options, mark)?
     } else {
-        let wanted = |handle: &Handle| match version {
-            // It keeps to the version that it began with, wherever its label points by now.
-            Version::Highest | Version::Label(_) => true,
-            Version::Exactly(version) => version == handle.version,
+        let handle = match (open.filter(|handle| mark.is_none_or(|mark| handle.is_up_to(mark))), mark) {
+            (Some(handle), _) => handle,
+            (None, Some(mark)) => open_again(router, &key, options, mark, deadline).await?,
+            (None, None) => return Err(not_started(&key)),
         };
-        router.sessions.find(&key).filter(wanted).ok_or_else(|| not_started(&key))?
+        // It keeps to the version that it began with, wherever its label points by now.
+        if matches!(version, Version::Exactly(version) if version != handle.version) {
+            return Err(not_started(&key));
+        }
+        handle
     };
     let bytes = u32::try_from(request.encoded_len()).unwrap_or(u32::MAX).clamp(1, router.settings.session_bytes_max.max(1));
     let acquire = async {
@@ -142,17 +176,88 @@ pub(super) async fn submit(
         Err(_) => return Err(deadline_exceeded(&key.model)),
     };
     let (reply, answer) = oneshot::channel();
-    let ask = Ask { request, deadline, reply, permits };
+    let ask = Ask { request, mark, deadline, reply, permits };
     // There is room: the inbox is as long as there are permits. So a failure means that the session is over.
     handle.inbox.try_send(ask).map_err(|_| not_started(&key))?;
+    handle.taken.fetch_max(mark.map_or(0, |mark| mark.ordinal), Ordering::AcqRel);
     if parameters.sequence_end {
         router.sessions.close(&key, handle.id);
     }
     Ok(answer)
 }
 
-/// Opens a session. An older one of the same name finishes what it has and gets nothing more.
-fn open(router: &Arc<Inner>, key: &Key, route: &ModelRoute, options: &CallOptions) -> Result<Handle, Status> {
+impl Handle {
+    /// Whether a request that isn't a first one belongs to this session. A client that was elsewhere meanwhile has answers that
+    /// this session knows nothing of; and one may go on with what came before a sequence of the same id.
+    fn is_up_to(&self, mark: Mark) -> bool {
+        mark.ordinal > self.first && mark.ack <= self.taken.load(Ordering::Acquire)
+    }
+}
+
+/// How a session begins.
+pub(super) struct Beginning {
+    pub(super) id: u64,
+    pub(super) version: u64,
+    pub(super) generation: u64,
+    pub(super) journal: Journal,
+    pub(super) resumable: Option<Resumable>,
+    /// The last ordinal that was taken.
+    pub(super) taken: u64,
+    pub(super) inbox: mpsc::Receiver<Ask>,
+}
+
+/// Opens a session with a new sequence.
+fn open_new(
+    router: &Arc<Inner>,
+    key: &Key,
+    route: &ModelRoute,
+    options: &CallOptions,
+    mark: Option<Mark>,
+) -> Result<Handle, Status> {
+    let journal = Journal::new(router.settings.journal);
+    let resumable = mark.and_then(|mark| Resumable::begin(key, mark));
+    let mark = mark.unwrap_or(Mark { ordinal: 0, ack: 0, attempt: 0 });
+    let deployed = (route.version, route.generation);
+    let (beginning, handle) = enroll(router, key, deployed, (mark, mark.ordinal, 0), journal, resumable)?;
+    tokio::spawn(Session::new(Arc::clone(router), key.clone(), beginning, route, options.clone()).run());
+    Ok(handle)
+}
+
+/// Opens a session with a sequence whose router is gone, from what its worker holds.
+async fn open_again(
+    router: &Arc<Inner>,
+    key: &Key,
+    options: &CallOptions,
+    mark: Mark,
+    deadline: Instant,
+) -> Result<Handle, Status> {
+    let mut held = resumable::take(router, key, mark, deadline).await?;
+    let table = router.routes.borrow().clone();
+    let Some(route) = table.model(&key.model, Version::Exactly(held.version)) else {
+        let text = format!("version {} of model '{}' isn't served any more", held.version, key.model);
+        return Err(Reason::SequenceLost.status(text));
+    };
+    tracing::debug!(model = %key.model, sequence = %key.sequence, after = held.applied, "a sequence is taken up again");
+    let resumable = Resumable::again(key, mark, &mut held);
+    let journal = match held.checkpoint.take() {
+        Some(state) => Journal::from_checkpoint(router.settings.journal, state),
+        None => Journal::new(router.settings.journal),
+    };
+    let deployed = (held.version, held.generation);
+    let (beginning, handle) = enroll(router, key, deployed, (mark, held.first, held.applied), journal, resumable)?;
+    tokio::spawn(Session::new(Arc::clone(router), key.clone(), beginning, route, options.clone()).run());
+    Ok(handle)
+}
+
+/// Enters a session into the table. An older one of the same name finishes what it has and gets nothing more.
+fn enroll(
+    router: &Arc<Inner>,
+    key: &Key,
+    (version, generation): (u64, u64),
+    (mark, first, taken): (Mark, u64, u64),
+    journal: Journal,
+    resumable: Option<Resumable>,
+) -> Result<(Beginning, Handle), Status> {
     let settings = &router.settings;
     let mut table = router.sessions.table.lock();
     let replaced = table.by_key.contains_key(key);
@@ -163,7 +268,7 @@ fn open(router: &Arc<Inner>, key: &Key, route: &ModelRoute, options: &CallOption
         );
         return Err(Reason::SequencesFull.status(text));
     }
-    if replaced {
+    if replaced && resumable.is_none() {
         tracing::warn!(model = %key.model, sequence = %key.sequence, "START of a sequence that is open; the old one is dropped");
     }
     table.next_id += 1;
@@ -171,17 +276,18 @@ fn open(router: &Arc<Inner>, key: &Key, route: &ModelRoute, options: &CallOption
     let (inbox, asks) = mpsc::channel(requests_max);
     let handle = Handle {
         id: table.next_id,
-        version: route.version,
+        version,
+        attempt: Arc::new(mark.attempt.into()),
+        first,
+        taken: Arc::new(taken.into()),
         inbox,
         requests: Arc::new(Semaphore::new(requests_max)),
         bytes: Arc::new(Semaphore::new(settings.session_bytes_max.max(1) as usize)),
     };
     table.by_key.insert(key.clone(), handle.clone());
     router.sessions.live.send_replace(table.by_key.len());
-    drop(table);
-    let session = Session::new(Arc::clone(router), key.clone(), handle.id, route, options.clone(), asks);
-    tokio::spawn(session.run());
-    Ok(handle)
+    let beginning = Beginning { id: handle.id, version, generation, journal, resumable, taken, inbox: asks };
+    Ok((beginning, handle))
 }
 
 pub(super) fn not_started(key: &Key) -> Status {

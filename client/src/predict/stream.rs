@@ -144,7 +144,8 @@ impl Lines {
         let (unordered, key) = match &checked {
             Ok(Checked { parameters, route, .. }) => {
                 let sequence = parameters.sequence_id.clone().filter(|_| route.stateful);
-                (parameters.unordered, sequence.map(|sequence| Key { model: route.name.clone(), sequence }))
+                let stream = parameters.stream_id.clone();
+                (parameters.unordered, sequence.map(|sequence| Key { model: route.name.clone(), stream, sequence }))
             }
             Err(_) => (false, None),
         };

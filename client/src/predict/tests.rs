@@ -1,5 +1,6 @@
 //! The router against workers that die, refuse and lie, over real connections.
 mod many;
+mod resumed;
 mod sequences;
 mod streams;
 mod unary;

@@ -58,6 +58,17 @@ pub struct StepFailed {
 }
 
 impl LiveSequence {
+    /// The state after the last step.
+    ///
+    /// # Errors
+    /// The engine's; [`EngineError::NotCheckpointable`] for a model whose state can't be saved.
+    pub async fn checkpoint(&self) -> Result<Bytes, EngineError> {
+        match &self.body {
+            Body::Inside(sequence) => sequence.checkpoint().await,
+            Body::Tensors { states, .. } => Ok(state::save(&self.contract, states)),
+        }
+    }
+
     /// Runs the next request. Calls have to be made in turn.
     ///
     /// # Errors

@@ -4,12 +4,12 @@ use std::{pin::Pin, sync::Arc, time::Instant};
 use bytes::Bytes;
 use cresset_proto::{
     fleet::v1::{
-        Open, RunRequest, RunResponse, Step, StepError, run_request::Message, run_response,
-        sequences_service_server::SequencesService,
+        KeptAnswer, Open, RunRequest, RunResponse, Step, StepError, TakeRequest, TakeResponse, kept_answer, run_request::Message,
+        run_response, sequences_service_server::SequencesService,
     },
     ids::SequenceId,
     inference::ModelInferRequest,
-    parameters::Parameters,
+    parameters::{Parameters, keys, number_of},
 };
 use futures::Stream;
 use tokio::sync::mpsc;
@@ -24,7 +24,7 @@ use crate::{
     models::{Runner, ServedModel},
     predict::{Worker, admit, respond},
     queue::Terms,
-    sequence::{LiveSequence, Standing},
+    sequence::{LiveSequence, Standing, detached::Attachment},
 };
 
 /// Responses that may wait for a slow reader; beyond them the sequence isn't run on.
@@ -50,6 +50,12 @@ impl SequencesService for Sequences {
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
+
+    // A worker that drains gives what it holds as well: it had better go elsewhere.
+    async fn take(&self, request: Request<TakeRequest>) -> Result<Response<TakeResponse>, Status> {
+        let held = self.worker.detached.take(request.into_inner()).await;
+        held.map(Response::new).map_err(|error| error.status())
+    }
 }
 
 type Responses = mpsc::Sender<Result<RunResponse, Status>>;
@@ -62,35 +68,123 @@ async fn run(worker: &Arc<Worker>, mut requests: Streaming<RunRequest>, response
         let text = format!("model '{}' keeps no state, its requests are independent", open.model);
         return Err(PredictError::SequenceProtocol(text));
     };
-    let mut live = sequences.open(open.checkpoint.clone()).await?;
+    let live = sequences.open(open.checkpoint.clone()).await?;
     let _counted = Gauge::up();
-    let mut next = open.checkpoint_ordinal + 1;
-    while let Ok(Some(RunRequest { message: Some(message) })) = requests.message().await {
-        let Message::Step(step) = message else {
-            return Err(PredictError::SequenceProtocol("a sequence is opened once".into()));
-        };
-        if step.ordinal != next {
-            let text = format!("ordinal {} came where {next} was expected", step.ordinal);
-            return Err(PredictError::SequenceProtocol(text));
-        }
-        if worker.is_draining() {
-            return Err(PredictError::Draining);
-        }
-        next += 1;
-        let span = match &step.request {
-            Some(request) => worker.span(request),
-            None => tracing::Span::none(),
-        };
-        let (response, intact) = answer(worker, &served, &mut live, step).instrument(span).await;
-        if responses.send(Ok(response)).await.is_err() {
-            return Ok(());
-        }
-        if !intact {
-            // The router knows the state as it was before, and opens the sequence anew.
-            return Err(PredictError::Unloaded(open.model));
+    let attachment = match open.resumable {
+        Some(resumable) => Some(worker.detached.attach(resumable, served.key.version, open.generation).await?),
+        None => None,
+    };
+    let next = open.checkpoint_ordinal + 1;
+    let mut run = Run { worker: Arc::clone(worker), served, live, attachment, is_intact: true };
+    let ended = run.steps(next, &mut requests, responses).await;
+    run.leave().await;
+    ended
+}
+
+/// A sequence and the stream that runs it.
+struct Run {
+    worker: Arc<Worker>,
+    served: Arc<ServedModel>,
+    live: LiveSequence,
+    /// Of a sequence that its client can take up again.
+    attachment: Option<Attachment>,
+    /// Whether the state is the one after the last answer.
+    is_intact: bool,
+}
+
+impl Run {
+    async fn steps(
+        &mut self,
+        mut next: u64,
+        requests: &mut Streaming<RunRequest>,
+        responses: &Responses,
+    ) -> Result<(), PredictError> {
+        loop {
+            let message = tokio::select! {
+                biased;
+                () = self.wanted_elsewhere() => return Err(self.taken_over()),
+                message = requests.message() => message,
+            };
+            let Ok(Some(RunRequest { message: Some(message) })) = message else { return Ok(()) };
+            let Message::Step(step) = message else {
+                return Err(PredictError::SequenceProtocol("a sequence is opened once".into()));
+            };
+            if step.ordinal != next {
+                let text = format!("ordinal {} came where {next} was expected", step.ordinal);
+                return Err(PredictError::SequenceProtocol(text));
+            }
+            if self.worker.is_draining() {
+                return Err(PredictError::Draining);
+            }
+            next += 1;
+            let response = self.step(step).await;
+            tokio::select! {
+                biased;
+                sent = responses.send(Ok(response)) => if sent.is_err() {
+                    return Ok(());
+                },
+                () = self.wanted_elsewhere() => return Err(self.taken_over()),
+            }
+            if !self.is_intact {
+                // The router knows the state as it was before, and opens the sequence anew.
+                return Err(PredictError::Unloaded(self.served.key.model.clone()));
+            }
         }
     }
-    Ok(())
+
+    async fn step(&mut self, step: Step) -> RunResponse {
+        let span = match &step.request {
+            Some(request) => self.worker.span(request),
+            None => tracing::Span::none(),
+        };
+        let said = |key| step.request.as_ref().map_or(0, |request| number_of(&request.parameters, key));
+        let (ordinal, ack) = (said(keys::ORDINAL), said(keys::ACK));
+        let parameters = step.request.as_ref().map(|request| &request.parameters);
+        let is_last = self.attachment.is_some()
+            && parameters.is_some_and(|parameters| Parameters::read(parameters).is_ok_and(|read| read.sequence_end));
+        let (response, is_intact) = answer(&self.worker, &self.served, &mut self.live, step).instrument(span).await;
+        self.is_intact = is_intact;
+        if let (Some(attachment), true) = (&mut self.attachment, is_intact) {
+            attachment.acknowledge(ack);
+            let (result, is_last) = match response.result.clone() {
+                Some(run_response::Result::Response(response)) => (Some(kept_answer::Result::Response(response)), is_last),
+                // The sequence didn't hear of its end.
+                Some(run_response::Result::Error(error)) => (Some(kept_answer::Result::Error(error)), false),
+                None => (None, false),
+            };
+            attachment.answered(KeptAnswer { ordinal, result }, is_last);
+        }
+        response
+    }
+
+    async fn wanted_elsewhere(&self) {
+        match &self.attachment {
+            Some(attachment) => attachment.wanted_elsewhere().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn taken_over(&self) -> PredictError {
+        PredictError::TakenOver(self.attachment.as_ref().map_or_else(String::new, |attachment| attachment.sequence().to_owned()))
+    }
+
+    /// Leaves what another router needs to go on.
+    async fn leave(mut self) {
+        let Some(attachment) = self.attachment.take().filter(|_| self.is_intact) else { return };
+        let checkpoint = match attachment.is_over() {
+            true => None,
+            false => match self.live.checkpoint().await {
+                Ok(checkpoint) => Some(checkpoint),
+                Err(error) => {
+                    tracing::warn!(model = self.served.key.model, %error, "a sequence's state can't be saved for another router");
+                    return;
+                }
+            },
+        };
+        // Its place is free before anybody hears that it has left.
+        drop(self.live);
+        attachment.detach(checkpoint);
+    }
 }
 
 async fn first(requests: &mut Streaming<RunRequest>) -> Result<Option<Open>, PredictError> {
