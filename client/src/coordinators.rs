@@ -114,8 +114,13 @@ impl Coordinators {
         self.0.state.lock().endpoints.iter().map(|endpoint| endpoint.address.clone()).collect()
     }
 
+    /// The largest message that is taken or sent.
+    pub(crate) fn message_bytes_max(&self) -> usize {
+        self.0.settings.message_bytes_max
+    }
+
     /// The one to ask first, with a channel to it.
-    fn current(&self) -> Result<(String, Channel), Tried> {
+    pub(crate) fn current(&self) -> Result<(String, Channel), Tried> {
         let mut state = self.0.state.lock();
         let index = state.current;
         let nobody = || Tried { address: "nobody".into(), error: "no endpoint is known".into() };
@@ -134,7 +139,7 @@ impl Coordinators {
     }
 
     /// Goes on to the next endpoint, unless somebody else has already left `address`. The failed channel is forgotten.
-    fn leave(&self, address: &str) {
+    pub(crate) fn leave(&self, address: &str) {
         let mut state = self.0.state.lock();
         let index = state.current;
         let count = state.endpoints.len().max(1);
@@ -278,7 +283,7 @@ impl Coordinators {
 }
 
 /// Whether another coordinator, or the same a little later, may carry out what this one refused.
-fn may_ask_another(status: &Status) -> bool {
+pub(crate) fn may_ask_another(status: &Status) -> bool {
     match Failure::of(status) {
         Failure::Unreachable | Failure::Broken => true,
         Failure::Refused(reason) => matches!(reason, Reason::NoLeader | Reason::Indeterminate | Reason::Draining),

@@ -7,6 +7,7 @@
 //! - [`routes`] is the table, [`coordinators`] keeps it fresh from any coordinator that answers, [`workers`] holds the
 //!   connections.
 //! - [`predict`] is the router itself: unary calls, sequences and streams with failover.
+//! - [`resume`] is a stream by way of coordinators, for programs that can't reach workers.
 //! - [`CressetClient`] puts them together for a Rust program.
 //!
 //! - [`repository`] reads a model repository's folder; it is here because coordinators and workers both need it.
@@ -39,6 +40,7 @@ pub mod kept;
 pub mod latency;
 pub mod predict;
 pub mod repository;
+pub mod resume;
 pub mod retry;
 pub mod routes;
 mod settings;
@@ -47,6 +49,7 @@ pub mod workers;
 pub use client::{ConnectError, CressetClient, SequenceAnswer, SequenceHandle};
 pub use coordinators::{CallError, Coordinators, Tried};
 pub use predict::{CallOptions, Router};
+pub use resume::ResumeSettings;
 pub use routes::{LookupError, ModelRoute, Replica, RouteTable, Version};
 pub use settings::RouterSettings;
 pub use workers::ConnectionSettings;

@@ -43,6 +43,8 @@ pub mod keys {
     pub const ACK: &str = "cresset_ack";
     /// Which of the client's connections for this stream it is.
     pub const ATTEMPT: &str = "cresset_attempt";
+    /// On an error of a stream, for those who asked for rich statuses: its [`Reason`](crate::reason::Reason).
+    pub const REASON: &str = "cresset_reason";
     /// On stream responses: the last one of its request.
     pub const FINAL: &str = "triton_final_response";
 }

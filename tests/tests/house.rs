@@ -31,7 +31,7 @@ const KEPT_TO: [(&str, &str); 6] = [
 ];
 
 /// Rooms that decide and do nothing: time comes in as a value, effects go out as values.
-const PURE: [&str; 11] = [
+const PURE: [&str; 12] = [
     "worker/src/health.rs",
     "coordinator/core/src",
     "worker/src/batching.rs",
@@ -43,6 +43,7 @@ const PURE: [&str; 11] = [
     "client/src/retry",
     "client/src/journal.rs",
     "client/src/kept.rs",
+    "client/src/resume/outbox.rs",
 ];
 
 /// What a pure room never names.

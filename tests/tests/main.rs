@@ -18,6 +18,7 @@ mod members;
 mod oracle;
 mod outage;
 mod recovery;
+mod resume;
 mod settings;
 mod simulation;
 mod slow_readers;

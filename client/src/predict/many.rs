@@ -50,7 +50,7 @@ pub(super) fn responses(
         version,
         options,
         // A client that lost its router says how far it had come.
-        delivered: parameters.ack,
+        delivered: if parameters.sequence_id.is_none() { parameters.ack } else { 0 },
         link: None,
         last: None,
         patience: None,

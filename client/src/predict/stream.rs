@@ -28,8 +28,6 @@ use super::{CallOptions, Checked, Inner, Work, call::dress, many, received, sess
 
 /// The code of an error on a stream, for those who asked for rich statuses.
 const STATUS_CODE: &str = "cresset_status_code";
-/// The reason of an error on a stream.
-const STATUS_REASON: &str = "cresset_reason";
 
 /// How much longer than its stream a request may take.
 const DEADLINE_GRACE: Duration = Duration::from_millis(250);
@@ -271,7 +269,7 @@ fn finish(
         let code = i64::from(i32::from(status.code()));
         echo.parameters.insert(STATUS_CODE.to_owned(), int64_parameter(code));
         if let Some(reason) = Reason::of(&status) {
-            echo.parameters.insert(STATUS_REASON.to_owned(), string_parameter(reason.as_str()));
+            echo.parameters.insert(keys::REASON.to_owned(), string_parameter(reason.as_str()));
         }
     }
     // An empty message would mean success.
