@@ -2,13 +2,15 @@
 
 Reads one line of JSON from stdin: when the run began, the coordinators' addresses, and the lanes. Writes one line of JSON for
 each thing that happens: a pass opens, a request is sent, a response comes, a pass ends. Ends with the next line on stdin, after
-the last answers.
+the last answers. A lane that `resumes` keeps its stream when a coordinator dies, by what proto/PROTOCOL.md asks of a client.
 """
 
 import json
+import queue
 import sys
 import threading
 import time
+import uuid
 
 import numpy as np
 import tritonclient.grpc as triton
@@ -85,10 +87,10 @@ class Lane:
         tensor.set_data_from_numpy(np.frombuffer(self.inputs[place], dtype).reshape(self.spec["shape"]))
         return [tensor]
 
-    def got(self, result):
+    def got(self, result, number=None):
         response = result.get_response()
         output = response.raw_output_contents[0] if response.raw_output_contents else b""
-        self.say("got", id=response.id, output=output.hex())
+        self.say("got", id=response.id if number is None else str(number), output=output.hex())
 
     def ended(self, error, gave_up=False):
         """Says how a pass broke, and goes on to the next address."""
@@ -187,10 +189,135 @@ class Lane:
         return whole(), bool(errors)
 
 
+class Asked:
+    """A request of a stream that resumes."""
+
+    def __init__(self, number, place, starts, ends):
+        self.number, self.place, self.starts, self.ends = number, place, starts, ends
+        self.version = ""
+        self.received = 0
+        self.is_answered = False
+
+
+class ResumedLane(Lane):
+    def connect(self, again=False):
+        """The next connection: everything that is unanswered goes out again; with `again`, all of the sequence."""
+        self.attempt += 1
+        self.client.stop_stream(cancel_requests=True)
+        self.client.close()
+        self.address += 1
+        self.begin()
+        ack = 0
+        for asked in self.asked:
+            if again or not asked.is_answered:
+                self.send(asked, ack if again else self.ack)
+            # A request that is sent again from the first on has what came before it.
+            ack = asked.number if asked.is_answered else ack
+
+    def begin(self):
+        attempt, events = self.attempt, self.events
+        self.client = triton.InferenceServerClient(self.addresses[self.address % len(self.addresses)], channel_args=CHANNEL)
+        # An error then says its reason.
+        self.client.start_stream(lambda result, error: events.put((attempt, result, error)), headers={"cresset-rich-status": "true"})
+
+    def send(self, asked, ack):
+        about = {"cresset_stream_id": self.stream_id, "cresset_attempt": self.attempt, "cresset_ack": asked.received}
+        bounds = {}
+        if self.spec["is_sequence"]:
+            about.update(cresset_ordinal=asked.number, cresset_ack=ack)
+            bounds = dict(sequence_id=self.sequence, sequence_start=asked.starts, sequence_end=asked.ends)
+        try:
+            self.client.async_stream_infer(
+                self.spec["model"],
+                self.input(asked.place),
+                model_version=asked.version,
+                request_id=str(asked.number),
+                enable_empty_final_response=True,
+                parameters=about,
+                **bounds,
+            )
+        except InferenceServerException:
+            # The stream has ended, and says so itself.
+            pass
+
+    def hear(self, result, error):
+        """Takes what came; what can't be helped comes back."""
+        if result is None:
+            if time.monotonic() - self.good > PATIENCE_S:
+                return error
+            # One round of addresses without a pause.
+            self.failures += 1
+            if self.failures % len(self.addresses) == 0:
+                time.sleep(PAUSE_S)
+            self.connect()
+            return None
+        self.failures, self.good = 0, time.monotonic()
+        response = result.get_response()
+        if error is not None:
+            if response.parameters["cresset_reason"].string_param != "sequence-lost" or self.again > self.AGAIN_MAX:
+                return error
+            self.again += 1
+            self.connect(again=True)
+            return None
+        asked = self.asked[int(response.id) - 1]
+        if asked.is_answered:
+            return None
+        is_final = response.parameters["triton_final_response"].bool_param
+        if response.outputs:
+            asked.received += 1
+            asked.version = "" if self.spec["is_sequence"] else response.model_version
+            self.got(result, asked.number - 1)
+        if is_final:
+            asked.is_answered = True
+            self.ack, self.again = max(self.ack, asked.number), 0
+        return None
+
+    # How often a sequence is sent again from its first request without any answer in between.
+    AGAIN_MAX = 5
+
+    def stream(self, first):
+        self.say("open", address=None, first=first)
+        self.sequence = time.monotonic_ns()
+        self.stream_id, self.attempt, self.ack, self.again = uuid.uuid4().hex, 1, 0, 0
+        self.asked, self.events, self.failures, self.good = [], queue.Queue(), 0, time.monotonic()
+        self.begin()
+        is_last, error = False, None
+        while error is None and not (is_last and all(asked.is_answered for asked in self.asked)):
+            now = time.monotonic()
+            if not is_last and (now >= self.due or self.over.is_set()):
+                while self.due <= now:
+                    self.due += self.interval_s
+                number = len(self.asked) + 1
+                is_last = first + number == len(self.inputs) or self.over.is_set()
+                asked = Asked(number, first + number - 1, number == 1, is_last)
+                self.say("sent")
+                self.asked.append(asked)
+                self.send(asked, self.ack)
+                continue
+            try:
+                attempt, result, error = self.events.get(timeout=SILENCE_S if is_last else self.due - now)
+            except queue.Empty:
+                if is_last:
+                    error = InferenceServerException(f"nothing came for {SILENCE_S} s", "silent")
+                continue
+            # What an older connection says doesn't count.
+            error = self.hear(result, error) if attempt == self.attempt else None
+        self.client.stop_stream(cancel_requests=error is not None)
+        self.client.close()
+        if error is not None:
+            self.ended(error)
+        else:
+            self.say("end")
+        return sum(asked.is_answered for asked in self.asked), error is not None
+
+
 def main():
     spec = json.loads(sys.stdin.readline())
     report, over = Report(spec["begun_unix_us"]), threading.Event()
-    lanes = [Lane(number, lane, spec["addresses"], report, over) for number, lane in enumerate(spec["lanes"])]
+    lanes = []
+    for number, lane in enumerate(spec["lanes"]):
+        kind = ResumedLane if lane["resumes"] else Lane
+        lanes.append(kind(number, lane, spec["addresses"], report, over))
     threads = [threading.Thread(target=lane.run) for lane in lanes]
     for thread in threads:
         thread.start()

@@ -1,7 +1,8 @@
 //! Every response against a run without faults. Pure.
 //!
 //! A caller of the Rust client is promised that no fault of a single process shows. A caller with a list of coordinators
-//! is promised less: what it has open at a coordinator that is hit ends with an error, and goes on at another address. So a
+//! is promised less: what it has open at a coordinator that is hit ends with an error, and goes on at another address, unless
+//! it does what a client has to whose streams outlive coordinators; then it is promised as much as the Rust client. So a
 //! pass may break where its own coordinator was hit, while it was hit and until shortly after; and anybody's may while every
 //! process is down. Such a pass counts as *moved*, its unanswered requests as *interrupted* (the lane asks again). Any other
 //! break is a failure, and so is one request less, more, later or different.
@@ -110,7 +111,7 @@ pub fn check(lane: &Lane, reference: &Reference, happened: &[Happened], coordina
 /// Whether a pass may end at this moment: its own coordinator is hit, or nobody is left.
 fn may_break(way: Way, coordinator: Option<&str>, at_us: u64, happened: &[Happened]) -> bool {
     happened.iter().any(|fault| {
-        let own = way != Way::Client && fault.targets.iter().any(|target| Some(target.as_str()) == coordinator);
+        let own = way.may_move() && fault.targets.iter().any(|target| Some(target.as_str()) == coordinator);
         let concerned = own || fault.fault.class() == Class::Everything;
         concerned && (fault.begun_us..=fault.whole_us.saturating_add(GRACE_US)).contains(&at_us)
     })
@@ -328,7 +329,9 @@ mod tests {
         assert!(judge(Way::Triton, &own, 3_000_000 + GRACE_US), "found out at its next request");
         assert!(!judge(Way::Plain, &own, 3_000_001 + GRACE_US), "too late to be that");
         assert!(!judge(Way::Plain, &own, 1_400_000), "nothing had happened");
-        assert!(!judge(Way::Client, &own, 1_600_000), "the Rust client doesn't depend on it");
+        for way in [Way::Client, Way::Resumed, Way::ResumedTriton] {
+            assert!(!judge(way, &own, 1_600_000), "{way:?} doesn't depend on it");
+        }
         let other = [fault(Fault::KillLeader, &["c2"], 1_500_000, 3_000_000), fault(Fault::KillWorker, &["w1"], 0, 9_000_000)];
         assert!(!judge(Way::Plain, &other, 1_600_000), "another one was hit");
         let all = [fault(Fault::KillEverything, &["c1", "w1"], 1_500_000, 3_000_000)];

@@ -1,4 +1,5 @@
-//! The load of this process: lanes by the Rust client, and lanes by generated code that know a list of coordinators.
+//! The load of this process: lanes by the Rust client, by its streams that outlive coordinators, and by generated code that
+//! knows a list of coordinators.
 //!
 //! A lane asks at a steady pace and writes down what it sent and what came. It knows nothing of faults. What a stream or a
 //! call leaves unanswered when it breaks it asks again: at the next address of its list, as any client that was given
@@ -13,7 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use cresset_client::{CallOptions, CressetClient};
+use cresset_client::{CallOptions, Coordinators, CressetClient, ResumeSettings};
 use cresset_proto::inference::{
     ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
 };
@@ -85,6 +86,8 @@ pub enum Target {
     Client(Arc<CressetClient>),
     /// The first of these addresses, and the next one when it fails.
     List(Vec<String>),
+    /// One of the coordinators, by a stream that outlives it.
+    Coordinators(Coordinators),
 }
 
 /// A lane that is about to begin.
@@ -109,7 +112,11 @@ impl Caller {
     pub async fn call(self, stage: Stage) -> Lane {
         let this = Arc::new(self);
         let passes = if this.kind == Kind::Unary { calls(&this, &stage).await } else { this.streams(&stage).await };
-        let way = if matches!(this.target, Target::Client(_)) { Way::Client } else { Way::Plain };
+        let way = match this.target {
+            Target::Client(_) => Way::Client,
+            Target::List(_) => Way::Plain,
+            Target::Coordinators(_) => Way::Resumed,
+        };
         let interval_us = u64::try_from(this.interval.as_micros()).unwrap_or(u64::MAX);
         Lane { kind: this.kind, way, script: this.script, interval_us, passes }
     }
@@ -184,7 +191,7 @@ impl Caller {
 
     fn address(&self, number: usize) -> Option<String> {
         match &self.target {
-            Target::Client(_) => None,
+            Target::Client(_) | Target::Coordinators(_) => None,
             Target::List(addresses) => addresses.get(number % addresses.len().max(1)).cloned(),
         }
     }
@@ -196,6 +203,7 @@ impl Caller {
     ) -> Result<BoxStream<'static, Result<ModelStreamInferResponse, Status>>, Status> {
         match &self.target {
             Target::Client(client) => Ok(client.stream(requests).boxed()),
+            Target::Coordinators(coordinators) => Ok(coordinators.stream(requests, ResumeSettings::default()).boxed()),
             Target::List(_) => {
                 let channel = endpoint(address.unwrap_or_default())?.connect().await;
                 let channel = channel.map_err(|error| Status::unavailable(error.to_string()))?;
@@ -317,7 +325,7 @@ async fn one(caller: &Caller, phones: &Phones, stage: &Stage, place: usize) -> V
                 }
                 answer.map(tonic::Response::into_inner)
             }
-            (Target::List(_), None) => Err(Status::internal("no usable address")),
+            (Target::List(_) | Target::Coordinators(_), _) => Err(Status::internal("no usable address")),
             (Target::Client(client), _) => {
                 let deadline = Some(tokio::time::Instant::now() + CALL_TIMEOUT);
                 client.router().infer(request, &CallOptions { deadline, rich_status: true, ..CallOptions::default() }).await

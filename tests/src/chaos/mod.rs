@@ -27,6 +27,7 @@ use std::{
 
 use anyhow::{Context, ensure};
 use bytes::Bytes;
+use cresset_client::{ConnectionSettings, Coordinators};
 use tokio::{task::JoinSet, time::sleep};
 
 use self::{
@@ -94,8 +95,8 @@ pub async fn run(settings: Settings) -> anyhow::Result<Report> {
     let mut running = JoinSet::new();
     let mut by_triton = Vec::new();
     for (way, caller) in callers(&settings, &client, &addresses, &speech) {
-        if way == Way::Triton {
-            by_triton.push(caller);
+        if way.is_python() {
+            by_triton.push((way, caller));
         } else {
             running.spawn(caller.call(stage.clone()));
         }
@@ -188,12 +189,20 @@ fn callers(
     speech: &Speech,
 ) -> Vec<(Way, Caller)> {
     let caller = |kind: Kind, way: Way, number: usize, interval: Duration| {
-        let target = if way == Way::Client { Target::Client(Arc::clone(client)) } else { Target::List(addresses.to_vec()) };
+        let target = match way {
+            Way::Client => Target::Client(Arc::clone(client)),
+            Way::Resumed => {
+                let at = number % addresses.len().max(1);
+                let turned = addresses[at..].iter().chain(&addresses[..at]);
+                Target::Coordinators(Coordinators::new(turned, ConnectionSettings::default()))
+            }
+            Way::Plain | Way::Triton | Way::ResumedTriton => Target::List(addresses.to_vec()),
+        };
         let script = number % SCRIPTS;
         (way, Caller { kind, target, script, inputs: kind.script(script, speech), interval, first_address: number })
     };
-    let single = Duration::from_secs(1) * u32::try_from(Way::ALL.len()).unwrap_or(1) / settings.rate.max(1);
-    let mut callers: Vec<_> = Way::ALL.into_iter().enumerate().map(|(n, way)| caller(Kind::Unary, way, n, single)).collect();
+    let single = Duration::from_secs(1) * u32::try_from(Way::CALLS.len()).unwrap_or(1) / settings.rate.max(1);
+    let mut callers: Vec<_> = Way::CALLS.into_iter().enumerate().map(|(n, way)| caller(Kind::Unary, way, n, single)).collect();
     let streams = Kind::ALL.into_iter().filter(|kind| *kind != Kind::Unary);
     let turns: Vec<_> = streams.flat_map(|kind| Way::ALL.map(|way| (kind, way))).collect();
     for number in 0..settings.streams.max(turns.len()) {

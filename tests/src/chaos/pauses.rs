@@ -81,7 +81,12 @@ impl Pauses {
 }
 
 /// The pauses of all lanes that faults of a class affected.
-pub fn of_class(lanes: &[Lane], happened: &[Happened], class: Class, coordinator: &BTreeMap<String, String>) -> Pauses {
+pub fn of_class<'a>(
+    lanes: impl IntoIterator<Item = &'a Lane>,
+    happened: &[Happened],
+    class: Class,
+    coordinator: &BTreeMap<String, String>,
+) -> Pauses {
     let faults: Vec<_> = happened.iter().filter(|fault| fault.fault.class() == class).collect();
     let mut pauses = Vec::new();
     for lane in lanes {

@@ -16,11 +16,32 @@ pub enum Way {
     Plain,
     /// Python's tritonclient and a list of coordinators' addresses.
     Triton,
+    /// The Rust client's streams by way of coordinators, which outlive them.
+    Resumed,
+    /// Python's tritonclient with what PROTOCOL.md asks of a client whose streams outlive coordinators.
+    ResumedTriton,
 }
 
 impl Way {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Client, Self::Plain, Self::Triton];
+    pub const ALL: [Self; 5] = [Self::Client, Self::Plain, Self::Triton, Self::Resumed, Self::ResumedTriton];
+    /// Those that single calls go.
+    pub const CALLS: [Self; 3] = [Self::Client, Self::Plain, Self::Triton];
+
+    /// Whether Python goes it.
+    pub fn is_python(self) -> bool {
+        matches!(self, Self::Triton | Self::ResumedTriton)
+    }
+
+    /// Whether what is open at a coordinator may end with it.
+    pub fn may_move(self) -> bool {
+        matches!(self, Self::Plain | Self::Triton)
+    }
+
+    /// Whether its streams are at a coordinator and outlive it.
+    pub fn resumes(self) -> bool {
+        matches!(self, Self::Resumed | Self::ResumedTriton)
+    }
 
     /// Its name in the report.
     pub fn name(self) -> &'static str {
@@ -28,6 +49,8 @@ impl Way {
             Self::Client => "client",
             Self::Plain => "plain",
             Self::Triton => "tritonclient",
+            Self::Resumed => "resumed",
+            Self::ResumedTriton => "resumed tritonclient",
         }
     }
 }
@@ -50,7 +73,7 @@ pub struct Lane {
 /// One attempt at a request of its own, or one stream from its first request to its last answer.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Pass {
-    /// The coordinator's address; `None` for the Rust client.
+    /// The coordinator's address; `None` for the Rust client, and for a stream that outlives coordinators.
     pub address: Option<String>,
     /// Where in the script its first request is; the others follow, around the end.
     pub first: usize,

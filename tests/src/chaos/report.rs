@@ -47,12 +47,19 @@ pub struct Report {
 }
 
 /// The classes of faults with their names in the report.
-const CLASSES: [(&str, Class); 3] =
-    [("kill", Class::WorkerKill), ("gray", Class::WorkerGray), ("coordinator", Class::Coordinator)];
+const CLASSES: [(&str, Class); 2] = [("kill", Class::WorkerKill), ("gray", Class::WorkerGray)];
 
 /// The pauses of every class.
 pub fn pauses(lanes: &[Lane], happened: &[Happened], coordinator: &BTreeMap<String, String>) -> BTreeMap<&'static str, Pauses> {
-    CLASSES.into_iter().map(|(name, class)| (name, pauses::of_class(lanes, happened, class, coordinator))).collect()
+    let of = |class, resumes: Option<bool>| {
+        let counts = move |lane: &&Lane| resumes.is_none_or(|resumes| lane.way.resumes() == resumes);
+        pauses::of_class(lanes.iter().filter(counts), happened, class, coordinator)
+    };
+    let mut all: BTreeMap<_, _> = CLASSES.into_iter().map(|(name, class)| (name, of(class, None))).collect();
+    // Whoever is at a coordinator and goes on at another waits for that.
+    all.insert("coordinator", of(Class::Coordinator, Some(false)));
+    all.insert("resume", of(Class::Coordinator, Some(true)));
+    all
 }
 
 /// How many requests lanes at their pace ask for until `end_us`, without the time in which every process was down.
@@ -178,6 +185,9 @@ impl Report {
             "gray_pause_p50_ms": pause("gray", 0.5),
             "gray_pause_p99_ms": pause("gray", 0.99),
             "coordinator_affected": affected("coordinator"),
+            "resume_affected": affected("resume"),
+            "resume_pause_p50_ms": pause("resume", 0.5),
+            "resume_pause_p99_ms": pause("resume", 0.99),
             "coordinator_pause_p99_ms": pause("coordinator", 0.99),
             "stood_still_ms": self.stood_still.as_secs_f64() * 1e3,
             "good": self.is_good(),

@@ -45,7 +45,7 @@ struct Line {
 #[derive(Debug, Deserialize)]
 #[serde(tag = "what", rename_all = "lowercase")]
 enum What {
-    Open { address: String, first: usize },
+    Open { address: Option<String>, first: usize },
     Sent,
     Got { id: String, output: String },
     Broke { code: String, message: String, gave_up: bool },
@@ -57,7 +57,7 @@ impl Triton {
     ///
     /// # Errors
     /// Python can't be run.
-    pub async fn begin(callers: &[Caller], addresses: &[String], stage: &Stage) -> anyhow::Result<Self> {
+    pub async fn begin(callers: &[(Way, Caller)], addresses: &[String], stage: &Stage) -> anyhow::Result<Self> {
         let python = binaries::root().join(".cresset/venv/bin/python");
         ensure!(python.exists(), "there is no {}: run `python3 deploy/bootstrap/fetch.py venv`", python.display());
         let mut command = Command::new(python);
@@ -103,16 +103,17 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn lane(caller: &Caller) -> Lane {
+fn lane((way, caller): &(Way, Caller)) -> Lane {
     let interval_us = micros(caller.interval);
-    Lane { kind: caller.kind, way: Way::Triton, script: caller.script, interval_us, passes: vec![] }
+    Lane { kind: caller.kind, way: *way, script: caller.script, interval_us, passes: vec![] }
 }
 
-fn spec(caller: &Caller) -> serde_json::Value {
+fn spec((way, caller): &(Way, Caller)) -> serde_json::Value {
     let (input, datatype, shape) = caller.kind.input();
     json!({
         "kind": caller.kind.name(),
         "model": caller.kind.model(),
+        "resumes": way.resumes(),
         "is_sequence": caller.kind.is_sequence(),
         "parts": caller.kind.parts(),
         "input": input,
@@ -128,7 +129,7 @@ fn spec(caller: &Caller) -> serde_json::Value {
 fn note(lanes: &mut [Lane], Line { lane, at_us, what }: Line) -> anyhow::Result<()> {
     let lane = lanes.get_mut(lane).context("there is no such lane")?;
     if let What::Open { address, first } = what {
-        lane.passes.push(Pass { address: Some(address), first, ..Pass::default() });
+        lane.passes.push(Pass { address, first, ..Pass::default() });
         return Ok(());
     }
     let pass = lane.passes.last_mut().context("no pass is open")?;
@@ -169,7 +170,7 @@ mod tests {
             interval: Duration::from_millis(5),
             first_address: 0,
         };
-        let mut lanes = vec![lane(&caller)];
+        let mut lanes = vec![lane(&(Way::Triton, caller))];
         for line in [
             r#"{"lane": 0, "what": "open", "at_us": 1, "address": "a:1", "first": 3}"#,
             r#"{"lane": 0, "what": "sent", "at_us": 2}"#,
