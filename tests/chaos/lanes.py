@@ -217,8 +217,8 @@ class ResumedLane(Lane):
     def begin(self):
         attempt, events = self.attempt, self.events
         self.client = triton.InferenceServerClient(self.addresses[self.address % len(self.addresses)], channel_args=CHANNEL)
-        # An error then says its reason.
-        self.client.start_stream(lambda result, error: events.put((attempt, result, error)), headers={"cresset-rich-status": "true"})
+        # An error then ends the stream with its status, which is all that tritonclient passes on.
+        self.client.start_stream(lambda result, error: events.put((attempt, result, error)), headers={"triton_grpc_error": "true"})
 
     def send(self, asked, ack):
         about = {"cresset_stream_id": self.stream_id, "cresset_attempt": self.attempt, "cresset_ack": asked.received}
@@ -242,23 +242,24 @@ class ResumedLane(Lane):
 
     def hear(self, result, error):
         """Takes what came; what can't be helped comes back."""
-        if result is None:
+        if error is not None:
             if time.monotonic() - self.good > PATIENCE_S:
                 return error
-            # One round of addresses without a pause.
-            self.failures += 1
-            if self.failures % len(self.addresses) == 0:
-                time.sleep(PAUSE_S)
-            self.connect()
+            if error.status() == "StatusCode.ABORTED" and self.again < self.AGAIN_MAX:
+                # Nobody holds the sequence but this client.
+                self.again += 1
+                self.connect(again=True)
+            elif error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.CANCELLED"):
+                # One round of addresses without a pause.
+                self.failures += 1
+                if self.failures % len(self.addresses) == 0:
+                    time.sleep(PAUSE_S)
+                self.connect()
+            else:
+                return error
             return None
         self.failures, self.good = 0, time.monotonic()
         response = result.get_response()
-        if error is not None:
-            if response.parameters["cresset_reason"].string_param != "sequence-lost" or self.again > self.AGAIN_MAX:
-                return error
-            self.again += 1
-            self.connect(again=True)
-            return None
         asked = self.asked[int(response.id) - 1]
         if asked.is_answered:
             return None
