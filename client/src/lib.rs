@@ -48,7 +48,7 @@ pub mod workers;
 
 pub use client::{ConnectError, CressetClient, SequenceAnswer, SequenceHandle};
 pub use coordinators::{CallError, Coordinators, Tried};
-pub use predict::{CallOptions, Router};
+pub use predict::{CallOptions, Router, SequenceFigures};
 pub use resume::ResumeSettings;
 pub use routes::{LookupError, ModelRoute, Replica, RouteTable, Version};
 pub use settings::RouterSettings;

@@ -30,6 +30,7 @@ use tokio::{
 use tonic::{Status, transport::Channel};
 
 pub use call::CallOptions;
+pub use sessions::SequenceFigures;
 pub use stream::until_end;
 
 use crate::{
@@ -115,6 +116,11 @@ impl Router {
     /// How many sequences are open, as it changes.
     pub fn sequences_live(&self) -> watch::Receiver<usize> {
         self.0.sessions.live()
+    }
+
+    /// What sequences cost and did.
+    pub fn sequence_figures(&self) -> SequenceFigures {
+        self.0.sessions.figures()
     }
 
     /// The router's own connection to a worker, for calls that aren't predictions.

@@ -1,7 +1,7 @@
 //! Predictions for clients of any language: the router, fed from this coordinator's own copy of the state.
 //!
 //! The copy is kept when there is no leader, and so are the routes: predictions go on.
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use cresset_client::{RouteTable, Router, RouterSettings};
 use cresset_core::routes::routes;
@@ -9,13 +9,26 @@ use cresset_proto::fleet::v1::WatchResponse;
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::consensus::Consensus;
+use crate::{consensus::Consensus, metrics};
+
+/// How often metrics are told what the router knows.
+const FIGURES_EVERY: Duration = Duration::from_secs(1);
 
 /// A router whose routes follow the state here until `closing`.
 pub fn router(consensus: &Consensus, settings: RouterSettings, tasks: &TaskTracker, closing: &CancellationToken) -> Router {
     let (table, watched) = watch::channel(Arc::new(RouteTable::unknown()));
     tasks.spawn(closing.clone().run_until_cancelled_owned(follow(consensus.clone(), table)));
-    Router::new(watched, settings)
+    let router = Router::new(watched, settings);
+    tasks.spawn(closing.clone().run_until_cancelled_owned(tell(router.clone())));
+    router
+}
+
+async fn tell(router: Router) {
+    let mut ticks = tokio::time::interval(FIGURES_EVERY);
+    loop {
+        ticks.tick().await;
+        metrics::sequences(router.sequence_figures());
+    }
 }
 
 async fn follow(consensus: Consensus, table: watch::Sender<Arc<RouteTable>>) {

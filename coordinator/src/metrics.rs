@@ -1,9 +1,10 @@
 //! Metrics of the coordinator's own. Names are part of what dashboards rely on; the test below pins them.
 use std::sync::LazyLock;
 
+use cresset_client::SequenceFigures;
 use cresset_core::command::Cause;
 use cresset_runtime::metrics::register;
-use prometheus::{IntCounterVec, IntGauge, Opts};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts};
 
 fn gauge(name: &str, help: &str) -> IntGauge {
     // The names are constants of this file, and the test below makes each of them.
@@ -12,6 +13,10 @@ fn gauge(name: &str, help: &str) -> IntGauge {
 
 fn counter(name: &str, help: &str, label: &str) -> IntCounterVec {
     register(IntCounterVec::new(Opts::new(name, help), &[label]).expect("a valid metric"))
+}
+
+fn total(name: &str, help: &str) -> IntCounter {
+    register(IntCounter::new(name, help).expect("a valid metric"))
 }
 
 /// Whether this coordinator leads: 0 or 1.
@@ -29,6 +34,32 @@ pub static DEATHS: LazyLock<IntCounterVec> =
 /// Replicas that the plans of this coordinator began and ended.
 pub static MOVES: LazyLock<IntCounterVec> =
     LazyLock::new(|| counter("cresset_placement_moves_total", "replicas that were placed or taken away", "move"));
+
+/// Sequences that are open at this coordinator.
+pub static SEQUENCES: LazyLock<IntGauge> =
+    LazyLock::new(|| gauge("cresset_router_sequences", "sequences that are open at this coordinator"));
+
+/// What their journals hold.
+pub static JOURNALS_BYTES: LazyLock<IntGauge> = LazyLock::new(|| {
+    gauge("cresset_router_journals_bytes", "requests since the last checkpoint and unacknowledged answers of all sequences")
+});
+
+/// Checkpoints that came from workers.
+pub static CHECKPOINTS_BYTES: LazyLock<IntCounter> =
+    LazyLock::new(|| total("cresset_router_checkpoints_bytes_total", "checkpoints that workers sent"));
+
+/// Sequences whose clients came from another coordinator.
+pub static TAKEN_UP: LazyLock<IntCounter> =
+    LazyLock::new(|| total("cresset_router_sequences_taken_up_total", "sequences that began at another coordinator"));
+
+/// Tells what the router says of sequences.
+pub fn sequences(figures: SequenceFigures) {
+    let gauge = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
+    SEQUENCES.set(gauge(figures.live));
+    JOURNALS_BYTES.set(gauge(figures.journals_bytes));
+    CHECKPOINTS_BYTES.inc_by(figures.checkpoints_bytes.saturating_sub(CHECKPOINTS_BYTES.get()));
+    TAKEN_UP.inc_by(figures.taken_up.saturating_sub(TAKEN_UP.get()));
+}
 
 /// The label of a cause.
 pub fn cause(cause: Cause) -> &'static str {
@@ -49,12 +80,18 @@ mod tests {
         WORKERS_JOINED.set(0);
         DEATHS.with_label_values(&[cause(Cause::Silence)]).inc();
         MOVES.with_label_values(&["add"]).inc();
+        sequences(SequenceFigures { live: 2, journals_bytes: 3, checkpoints_bytes: 4, taken_up: 5 });
+        sequences(SequenceFigures { live: 1, journals_bytes: 2, checkpoints_bytes: 6, taken_up: 7 });
         let text = cresset_runtime::metrics::render();
         for name in [
             "cresset_leading",
             "cresset_workers_joined",
             "cresset_workers_judged_dead_total{cause=\"silence\"}",
             "cresset_placement_moves_total{move=\"add\"}",
+            "cresset_router_sequences 1",
+            "cresset_router_journals_bytes 2",
+            "cresset_router_checkpoints_bytes_total 6",
+            "cresset_router_sequences_taken_up_total 7",
         ] {
             assert!(text.contains(name), "{name} is missing in\n{text}");
         }

@@ -383,6 +383,7 @@ impl Session {
             Accept::Gap => return self.on_link_failed(Status::internal(format!("the worker answered {ordinal} out of turn"))),
         }
         if let Some(state) = answer.checkpoint {
+            self.router.sessions.count_checkpoint(state.len());
             let applied = self.journal.request(ordinal).map_or(0, |request| number_of(&request.parameters, keys::ORDINAL));
             if self.journal.checkpoint(ordinal, state)
                 && let Some(resumable) = &mut self.resumable

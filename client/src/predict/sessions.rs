@@ -85,8 +85,23 @@ struct Handle {
 pub(super) struct Sessions {
     table: Mutex<Table>,
     live: watch::Sender<usize>,
-    /// Bytes in all journals together.
+    /// Bytes in all journals together, with the answers that are kept.
     pub(super) journals_bytes: AtomicUsize,
+    checkpoints_bytes: AtomicU64,
+    taken_up: AtomicU64,
+}
+
+/// What sequences cost and did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SequenceFigures {
+    /// Sequences that are open.
+    pub live: usize,
+    /// Bytes that their journals hold, with the answers that are kept.
+    pub journals_bytes: usize,
+    /// Bytes of checkpoints that came, since the start.
+    pub checkpoints_bytes: u64,
+    /// Sequences that were taken up again from another router, since the start.
+    pub taken_up: u64,
 }
 
 #[derive(Debug, Default)]
@@ -97,7 +112,27 @@ struct Table {
 
 impl Sessions {
     pub(super) fn new() -> Self {
-        Self { table: Mutex::default(), live: watch::Sender::new(0), journals_bytes: AtomicUsize::new(0) }
+        Self {
+            table: Mutex::default(),
+            live: watch::Sender::new(0),
+            journals_bytes: AtomicUsize::new(0),
+            checkpoints_bytes: AtomicU64::new(0),
+            taken_up: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn figures(&self) -> SequenceFigures {
+        SequenceFigures {
+            live: *self.live.borrow(),
+            journals_bytes: self.journals_bytes.load(Ordering::Relaxed),
+            checkpoints_bytes: self.checkpoints_bytes.load(Ordering::Relaxed),
+            taken_up: self.taken_up.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Counts a checkpoint that came.
+    pub(super) fn count_checkpoint(&self, bytes: usize) {
+        self.checkpoints_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     pub(super) fn live(&self) -> watch::Receiver<usize> {
@@ -238,6 +273,7 @@ async fn open_again(
         return Err(Reason::SequenceLost.status(text));
     };
     tracing::debug!(model = %key.model, sequence = %key.sequence, after = held.applied, "a sequence is taken up again");
+    router.sessions.taken_up.fetch_add(1, Ordering::Relaxed);
     let resumable = Resumable::again(key, mark, &mut held);
     let journal = match held.checkpoint.take() {
         Some(state) => Journal::from_checkpoint(router.settings.journal, state),

@@ -96,7 +96,7 @@ impl Report {
             let [p50, p99, max] = [0.5, 0.99, 1.0].map(|part| pauses.quantile_ms(part));
             let count = pauses.len();
             let worst = pauses.worst();
-            text += &format!("pauses by {name} faults: {count}, p50 {p50:.0} ms, p99 {p99:.0} ms, max {max:.0} ms: {worst}\n");
+            text += &format!("pauses, {name}: {count}, p50 {p50:.0} ms, p99 {p99:.0} ms, max {max:.0} ms: {worst}\n");
         }
         let total = self.total();
         for finding in &total.findings {
