@@ -181,14 +181,12 @@ impl Resumed {
         };
         let (requests, outgoing) = mpsc::channel(LINK_QUEUE);
         let bytes_max = self.coordinators.message_bytes_max();
-        let mut client = GrpcInferenceServiceClient::new(channel)
-            .max_decoding_message_size(bytes_max)
-            .max_encoding_message_size(bytes_max);
+        let mut client =
+            GrpcInferenceServiceClient::new(channel).max_decoding_message_size(bytes_max).max_encoding_message_size(bytes_max);
         let mut call = Request::new(ReceiverStream::new(outgoing));
         // An error then says its reason.
         call.metadata_mut().insert("cresset-rich-status", MetadataValue::from_static("true"));
-        let answers =
-            async move { client.model_stream_infer(call).await.map(Response::into_inner) }.try_flatten_stream().boxed();
+        let answers = async move { client.model_stream_infer(call).await.map(Response::into_inner) }.try_flatten_stream().boxed();
         self.link = Some(Link { address, requests, answers });
         self.outbox.connect();
         self.send();

@@ -107,7 +107,9 @@ impl ParameterError {
     /// The reason to refuse the request with.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Kind { .. } | Self::Reserved(_) | Self::RequestIdTooLong(_) | Self::StreamIdTooLong(_) => Reason::InvalidArgument,
+            Self::Kind { .. } | Self::Reserved(_) | Self::RequestIdTooLong(_) | Self::StreamIdTooLong(_) => {
+                Reason::InvalidArgument
+            }
             // Triton answers UNIMPLEMENTED here, and clients test for it.
             Self::SequenceIdTooLong(_) => Reason::Unsupported,
         }

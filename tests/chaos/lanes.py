@@ -210,7 +210,7 @@ class ResumedLane(Lane):
         ack = 0
         for asked in self.asked:
             if again or not asked.is_answered:
-                self.send(asked, ack if again else self.ack)
+                self.send(asked, ack if again else self.ack, self.version if again else asked.version)
             # A request that is sent again from the first on has what came before it.
             ack = asked.number if asked.is_answered else ack
 
@@ -220,7 +220,7 @@ class ResumedLane(Lane):
         # An error then ends the stream with its status, which is all that tritonclient passes on.
         self.client.start_stream(lambda result, error: events.put((attempt, result, error)), headers={"triton_grpc_error": "true"})
 
-    def send(self, asked, ack):
+    def send(self, asked, ack, version):
         about = {"cresset_stream_id": self.stream_id, "cresset_attempt": self.attempt, "cresset_ack": asked.received}
         bounds = {}
         if self.spec["is_sequence"]:
@@ -230,7 +230,7 @@ class ResumedLane(Lane):
             self.client.async_stream_infer(
                 self.spec["model"],
                 self.input(asked.place),
-                model_version=asked.version,
+                model_version=version,
                 request_id=str(asked.number),
                 enable_empty_final_response=True,
                 parameters=about,
@@ -266,6 +266,7 @@ class ResumedLane(Lane):
         is_final = response.parameters["triton_final_response"].bool_param
         if response.outputs:
             asked.received += 1
+            self.version = response.model_version
             asked.version = "" if self.spec["is_sequence"] else response.model_version
             self.got(result, asked.number - 1)
         if is_final:
@@ -279,7 +280,7 @@ class ResumedLane(Lane):
     def stream(self, first):
         self.say("open", address=None, first=first)
         self.sequence = time.monotonic_ns()
-        self.stream_id, self.attempt, self.ack, self.again = uuid.uuid4().hex, 1, 0, 0
+        self.stream_id, self.attempt, self.ack, self.again, self.version = uuid.uuid4().hex, 1, 0, 0, ""
         self.asked, self.events, self.failures, self.good = [], queue.Queue(), 0, time.monotonic()
         self.begin()
         is_last, error = False, None
@@ -293,7 +294,7 @@ class ResumedLane(Lane):
                 asked = Asked(number, first + number - 1, number == 1, is_last)
                 self.say("sent")
                 self.asked.append(asked)
-                self.send(asked, self.ack)
+                self.send(asked, self.ack, "")
                 continue
             try:
                 attempt, result, error = self.events.get(timeout=SILENCE_S if is_last else self.due - now)

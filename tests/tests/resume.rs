@@ -94,7 +94,8 @@ impl Speaker {
                     ticks.tick().await;
                     let is_last = place + 1 == self.inputs.len() || over.is_cancelled();
                     // Sequences one after the other under the same id, too.
-                    let request = self.kind.request(format!("{sequence}-{place}"), input, 1 + sequence % 3, (place == 0, is_last));
+                    let request =
+                        self.kind.request(format!("{sequence}-{place}"), input, 1 + sequence % 3, (place == 0, is_last));
                     tell.send(Asked { id: request.id.clone(), place, got: 0 }).unwrap();
                     requests.send(request).await.unwrap();
                     if is_last && over.is_cancelled() {

@@ -6,7 +6,7 @@ use std::{
 
 use bytes::Bytes;
 use cresset_proto::{
-    fleet::v1::{KeptAnswer, ResumeKey, Resumable, RunResponse, TakeRequest, TakeResponse, kept_answer, run_response},
+    fleet::v1::{KeptAnswer, Resumable, ResumeKey, RunResponse, TakeRequest, TakeResponse, kept_answer, run_response},
     reason::Reason,
 };
 use prost::Message;
@@ -60,7 +60,13 @@ impl Held {
     }
 
     /// Notes an answer; `false` when the stream has lost the sequence, and the step must not have been run.
-    pub(super) fn step(&self, tie: &Tie, ordinal: u64, ack: u64, run: impl FnOnce() -> (RunResponse, u64)) -> Option<RunResponse> {
+    pub(super) fn step(
+        &self,
+        tie: &Tie,
+        ordinal: u64,
+        ack: u64,
+        run: impl FnOnce() -> (RunResponse, u64),
+    ) -> Option<RunResponse> {
         self.with(&tie.key, |lives| {
             let life = lives.iter_mut().find(|life| life.first == tie.first && life.stream == tie.stream)?;
             let (response, state) = run();

@@ -199,7 +199,8 @@ pub(super) async fn take(router: &Arc<Inner>, key: &Key, mark: Mark, deadline: I
     let mut unheard = String::new();
     let mut ask_next = true;
     loop {
-        if ask_next && asked.len() < ASKED_AT_ONCE
+        if ask_next
+            && asked.len() < ASKED_AT_ONCE
             && let Some(replica) = left.next()
         {
             asked.push(ask(router, replica, request.clone(), deadline));

@@ -10,8 +10,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use cresset_proto::{
     fleet::v1::{
-        Open, RunRequest, RunResponse, Step, run_request, run_response,
-        sequences_service_client::SequencesServiceClient,
+        Open, RunRequest, RunResponse, Step, run_request, run_response, sequences_service_client::SequencesServiceClient,
     },
     inference::ModelInferResponse,
     model_config,
@@ -109,13 +108,7 @@ enum Event {
 }
 
 impl Session {
-    pub(super) fn new(
-        router: Arc<Inner>,
-        key: Key,
-        beginning: Beginning,
-        route: &ModelRoute,
-        options: CallOptions,
-    ) -> Self {
+    pub(super) fn new(router: Arc<Inner>, key: Key, beginning: Beginning, route: &ModelRoute, options: CallOptions) -> Self {
         let idle_us = model_config::sequence_idle_us(&route.config);
         let Beginning { id, version, generation, journal, resumable, taken, inbox } = beginning;
         Self {

@@ -86,6 +86,8 @@ struct Sequence {
     /// It gets no further requests.
     is_over: bool,
     ack: u64,
+    /// The version that its answers came from.
+    version: String,
     /// All of it goes out on the next connection.
     again: bool,
     rebuilds: u32,
@@ -171,6 +173,7 @@ impl Outbox {
             unanswered: 0,
             is_over: false,
             ack: 0,
+            version: String::new(),
             again: false,
             rebuilds: 0,
         });
@@ -214,6 +217,12 @@ impl Outbox {
         entry.came = if is_sequence { 0 } else { entry.received };
         let mut request = entry.request.clone();
         request.id = number.to_string();
+        if let Some(sequence) = entry.sequence.and_then(|first| self.sequences.get(&first))
+            && sequence.again
+        {
+            // What the highest version is may have changed.
+            request.model_version.clone_from(&sequence.version);
+        }
         let int = |number: u64| int64_parameter(i64::try_from(number).unwrap_or(i64::MAX));
         let parameters = &mut request.parameters;
         parameters.insert(keys::STREAM_ID.to_owned(), string_parameter(self.stream_id.clone()));
@@ -268,6 +277,9 @@ impl Outbox {
         if !is_end {
             entry.came += 1;
             entry.received = entry.received.max(entry.came);
+            if let Some(sequence) = entry.sequence.and_then(|first| self.sequences.get_mut(&first)) {
+                sequence.version.clone_from(&response.model_version);
+            }
             if !is_final {
                 // The rest must come from the version that began.
                 entry.request.model_version.clone_from(&response.model_version);

@@ -14,7 +14,7 @@ use std::{
 
 use bytes::Bytes;
 use cresset_client::kept::{Kept, Limits};
-use cresset_proto::fleet::v1::{KeptAnswer, ResumeKey, Resumable, TakeRequest, TakeResponse};
+use cresset_proto::fleet::v1::{KeptAnswer, Resumable, ResumeKey, TakeRequest, TakeResponse};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -134,8 +134,17 @@ impl Detached {
             before.left.cancelled().await;
         };
         let floor = answers.first().map_or(applied, |answer| answer.ordinal.saturating_sub(1)).min(applied);
-        let mut attachment =
-            Attachment { detached: Arc::clone(self), key, serial, tie, version, generation, applied, is_over: false, kept: Kept::of(vec![], floor) };
+        let mut attachment = Attachment {
+            detached: Arc::clone(self),
+            key,
+            serial,
+            tie,
+            version,
+            generation,
+            applied,
+            is_over: false,
+            kept: Kept::of(vec![], floor),
+        };
         for answer in answers {
             attachment.keep(answer);
         }

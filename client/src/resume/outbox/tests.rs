@@ -1,8 +1,5 @@
 //! A client against servers that die, forget and refuse, in every order.
-use cresset_proto::{
-    inference::model_infer_response::InferOutputTensor,
-    parameters::number_of,
-};
+use cresset_proto::{inference::model_infer_response::InferOutputTensor, parameters::number_of};
 use proptest::prelude::*;
 
 use super::*;
@@ -96,12 +93,10 @@ impl Servers {
                 }
                 self.answer(request, None, true);
             }
-            ("seq", Some(SequenceId::Number(sequence))) => {
-                match self.step(request, sequence, &parameters) {
-                    Some(value) => self.answer(request, Some(value), true),
-                    None => self.lost(request),
-                }
-            }
+            ("seq", Some(SequenceId::Number(sequence))) => match self.step(request, sequence, &parameters) {
+                Some(value) => self.answer(request, Some(value), true),
+                None => self.lost(request),
+            },
             other => panic!("{other:?}"),
         }
     }
@@ -131,7 +126,9 @@ impl Servers {
     }
 
     fn answer(&mut self, request: &ModelInferRequest, value: Option<u64>, is_final: bool) {
-        let mut response = ModelInferResponse { id: request.id.clone(), model_name: request.model_name.clone(), ..Default::default() };
+        let mut response =
+            ModelInferResponse { id: request.id.clone(), model_name: request.model_name.clone(), ..Default::default() };
+        response.model_version = "3".to_owned();
         response.outputs = value.iter().map(|_| InferOutputTensor::default()).collect();
         response.raw_output_contents = value.iter().map(|value| value.to_le_bytes().to_vec().into()).collect();
         response.parameters.insert(keys::FINAL.to_owned(), bool_parameter(is_final));
@@ -340,7 +337,7 @@ fn an_error_in_the_middle_of_a_sequence_that_is_sent_again_does_not_pass_as_its_
     world.send(1);
     world.hear(1);
     let first = world.outbox.send().unwrap();
-    assert_eq!((&*first.id, number_of(&first.parameters, keys::ACK)), ("1", 0));
+    assert_eq!((&*first.id, number_of(&first.parameters, keys::ACK), &*first.model_version), ("1", 0, "3"));
     world.servers.lost(&first);
     let message = world.servers.answers.pop_front().unwrap();
     assert_eq!(world.outbox.receive(message), Came::Reconnect);
