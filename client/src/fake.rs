@@ -16,8 +16,8 @@ use std::{
 use bytes::Bytes;
 use cresset_proto::{
     fleet::v1::{
-        ModelRoute, Open, RunRequest, RunResponse, ShardRoute, Step, StepError, TakeRequest, TakeResponse, WatchRequest,
-        WatchResponse, WorkerRoute, run_request, run_response,
+        ModelRoute, Open, RunRequest, RunResponse, ShardRoute, Step, StepError, TakeRequest, TakeResponse, WatchResponse,
+        WorkerRoute, run_request, run_response,
         sequences_service_server::{SequencesService, SequencesServiceServer},
     },
     inference::{
