@@ -291,7 +291,10 @@ impl Table {
 
     /// Drops what is too old, or too much.
     fn forget(&mut self) {
-        let now = Instant::now();
+        self.forget_at(Instant::now());
+    }
+
+    fn forget_at(&mut self, now: Instant) {
         while let Some((_, _, since)) = self.oldest_first.front() {
             let too_much = self.count > self.bounds.sequences_max || self.bytes > self.bounds.bytes_max;
             if !too_much && now.saturating_duration_since(*since) < self.bounds.window {
