@@ -11,6 +11,10 @@ use std::cmp::Ordering;
 
 /// How much better a replica of another zone must be to be taken.
 const FAR: f32 = 4.0;
+/// So many candidates are all looked at.
+const LOOKED_AT_MAX: usize = 16;
+/// Of more, so many are drawn to find two that are fit.
+const DRAWS_MAX: u64 = 20;
 /// A fresh replica's share to begin with.
 pub const SHARE_MIN: f32 = 0.1;
 
@@ -46,6 +50,38 @@ impl Candidate {
     }
 }
 
+/// [`pick`] out of `count` candidates, of which `look` tells: all of a few are looked at, and a handful of many.
+pub fn choose(count: usize, look: impl Fn(usize) -> Candidate, random: u64) -> Option<usize> {
+    if count > LOOKED_AT_MAX {
+        if let Some(index) = sample(count, &look, random) {
+            return Some(index);
+        }
+        // Hardly any is fit, so that it takes a search.
+        let all: Vec<Candidate> = (0..count).map(look).collect();
+        return pick(&all, random);
+    }
+    let mut few = [Candidate::default(); LOOKED_AT_MAX];
+    few.iter_mut().zip(0..count).for_each(|(candidate, index)| *candidate = look(index));
+    pick(few.get(..count)?, random)
+}
+
+/// Draws until two of the zone are found that are fit; `None` if that isn't soon.
+fn sample(count: usize, look: impl Fn(usize) -> Candidate, random: u64) -> Option<usize> {
+    let (mut near, mut far) = (None, None);
+    for draw in 0..DRAWS_MAX {
+        let index = usize::try_from(mixed(random, 3 + draw) % count as u64).ok()?;
+        let candidate = look(index);
+        match near {
+            _ if candidate.tried || candidate.failing => {}
+            _ if candidate.far => far = far.or(Some((index, candidate))),
+            None => near = Some((index, candidate)),
+            Some((first, _)) if first == index => {}
+            Some(first) => return best([Some(first), Some((index, candidate)), far], random),
+        }
+    }
+    None
+}
+
 /// Picks one of `candidates`, or `None` when every one was tried. `random` should be uniform over all 64 bits.
 pub fn pick(candidates: &[Candidate], random: u64) -> Option<usize> {
     let failing = only_failing_are_left(candidates)?;
@@ -66,12 +102,16 @@ pub fn pick(candidates: &[Candidate], random: u64) -> Option<usize> {
             [first, second, third]
         }
     };
+    best(drawn.map(|index| index.and_then(|index| Some((index, *candidates.get(index)?)))), random)
+}
+
+/// The best of those that were drawn, but for fresh ones that aren't due.
+fn best(drawn: [Option<(usize, Candidate)>; 3], random: u64) -> Option<usize> {
     let dice = mixed(random, 2);
-    let keys = drawn.into_iter().flatten().enumerate().filter_map(|(draw, index)| {
-        let candidate = candidates.get(index)?;
+    let keys = drawn.into_iter().flatten().enumerate().map(|(draw, (index, candidate))| {
         // 16 bits of the dice for each of the drawn.
         let die = ((dice >> (16 * draw)) & 0xffff) as f32 / 65_536.0;
-        Some((index, die >= candidate.share, candidate.cost()))
+        (index, die >= candidate.share, candidate.cost())
     });
     let best = keys.min_by(|a, b| a.1.cmp(&b.1).then(a.2.partial_cmp(&b.2).unwrap_or(Ordering::Equal)));
     best.map(|(index, _, _)| index)
@@ -227,6 +267,31 @@ mod tests {
         let most = all.iter().map(|candidate| candidate.in_flight).max().unwrap();
         assert!(most <= 126, "{all:?}");
         assert_eq!(place(&[Candidate { tried: true, ..busy(0) }], 3), None);
+    }
+
+    #[test]
+    fn of_many_only_a_handful_is_looked_at_and_all_have_their_turn() {
+        let looks = std::cell::Cell::new(0_u32);
+        let mut picks = vec![0_u32; 1_000];
+        for draw in 0..20_000 {
+            let look = |index: usize| {
+                looks.set(looks.get() + 1);
+                Candidate { failing: index.is_multiple_of(4), far: index % 4 == 1, ..busy(1) }
+            };
+            picks[choose(1_000, look, mixed(draw, 3)).unwrap()] += 1;
+        }
+        assert!(looks.get() < 20_000 * 6, "{looks:?}");
+        let (taken, left): (Vec<_>, Vec<_>) = picks.iter().enumerate().partition(|(index, _)| index % 4 > 1);
+        assert!(left.iter().all(|(_, count)| **count == 0), "{left:?}");
+        assert!(taken.iter().all(|(_, count)| (15..75).contains(*count)), "40 each: {taken:?}");
+    }
+
+    #[test]
+    fn the_last_one_that_is_fit_is_found_among_many() {
+        let look = |index| Candidate { tried: index != 777, ..busy(9) };
+        assert!((0..50).all(|draw| choose(1_000, look, mixed(draw, 9)) == Some(777)));
+        assert_eq!(choose(1_000, |_| Candidate { tried: true, ..busy(0) }, 1), None);
+        assert_eq!((choose(0, |_| busy(0), 1), choose(1, |_| busy(0), 1)), (None, Some(0)));
     }
 
     proptest! {

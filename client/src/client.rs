@@ -12,6 +12,7 @@ use tonic::Status;
 use crate::{
     coordinators::Coordinators,
     predict::{CallOptions, Router, received},
+    routes::RouteTable,
     settings::RouterSettings,
 };
 
@@ -71,11 +72,10 @@ impl CressetClient {
         let shutdown = CancellationToken::new();
         let mut routes = coordinators.watch_routes(shutdown.clone());
         let guard = shutdown.drop_guard();
-        let first = tokio::time::timeout(timeout, routes.wait_for(|table| table.is_received())).await;
-        if !matches!(first, Ok(Ok(_))) {
+        let first = tokio::time::timeout(timeout, routes.wait_for(RouteTable::is_received)).await;
+        if !matches!(first, Ok(Some(_))) {
             return Err(ConnectError::Unanswered { timeout, tried: coordinators.addresses() });
         }
-        drop(first);
         Ok(Self { router: Router::new(routes, settings), coordinators, _watch: guard })
     }
 

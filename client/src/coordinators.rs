@@ -14,13 +14,13 @@ use cresset_proto::{
     reason::Reason,
 };
 use parking_lot::Mutex;
-use tokio::{sync::watch, time::Instant};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Response, Status, transport::Channel};
 
 use crate::{
     retry::{Failure, PAUSE_MS_MAX, backoff_ms},
-    routes::RouteTable,
+    routes::{self, RouteSender, Routes},
     workers::ConnectionSettings,
 };
 
@@ -214,8 +214,8 @@ impl Coordinators {
 
     /// Keeps a table of routes fresh in a task of its own, across the deaths of coordinators, until `shutdown` or until
     /// nobody holds a receiver. While no coordinator answers, the last table stays.
-    pub fn watch_routes(&self, shutdown: CancellationToken) -> watch::Receiver<Arc<RouteTable>> {
-        let (sender, receiver) = watch::channel(Arc::new(RouteTable::unknown()));
+    pub fn watch_routes(&self, shutdown: CancellationToken) -> Routes {
+        let (sender, receiver) = routes::channel();
         let coordinators = self.clone();
         tokio::spawn(async move {
             tokio::select! {
@@ -228,7 +228,7 @@ impl Coordinators {
     }
 
     /// Follows one coordinator after the other, for ever.
-    async fn follow(&self, sender: &watch::Sender<Arc<RouteTable>>) {
+    async fn follow(&self, sender: &RouteSender) {
         let mut failures: usize = 0;
         loop {
             let started = Instant::now();
@@ -257,10 +257,10 @@ impl Coordinators {
     }
 
     /// Takes tables from one coordinator until it fails, and says how.
-    async fn follow_one(&self, channel: Channel, sender: &watch::Sender<Arc<RouteTable>>) -> String {
+    async fn follow_one(&self, channel: Channel, sender: &RouteSender) -> String {
         let bytes_max = self.0.settings.message_bytes_max;
         let mut client = RoutesServiceClient::new(channel).max_decoding_message_size(bytes_max);
-        let epoch = sender.borrow().epoch();
+        let epoch = sender.epoch();
         let mut tables = match client.watch(WatchRequest { epoch }).await {
             Ok(response) => response.into_inner(),
             Err(status) => return describe(&status),
@@ -269,7 +269,7 @@ impl Coordinators {
             match tables.message().await {
                 Ok(Some(response)) => {
                     self.learn(response.coordinator_grpc_addresses.iter());
-                    match RouteTable::publish(sender, &response) {
+                    match sender.publish(&response) {
                         Ok(true) => tracing::debug!(epoch = response.epoch, "newer routes"),
                         Ok(false) => {}
                         Err(error) => tracing::error!(epoch = response.epoch, %error, "unusable routes; keeping the last ones"),

@@ -34,8 +34,13 @@ pub use sessions::SequenceFigures;
 pub use stream::until_end;
 
 use crate::{
-    predict::{answered::Answered, failover::Repetitions, sessions::Sessions},
-    routes::{ModelRoute, Replica, RouteTable, Version},
+    predict::{
+        answered::Answered,
+        failover::{Failover, Repetitions},
+        sessions::Sessions,
+    },
+    retry::Kind,
+    routes::{LookupError, ModelRoute, Replica, RouteTable, Routes, Version},
     settings::RouterSettings,
     workers::Workers,
 };
@@ -47,7 +52,7 @@ pub struct Router(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    routes: watch::Receiver<Arc<RouteTable>>,
+    routes: Routes,
     settings: RouterSettings,
     workers: Workers,
     /// Connections for what a caller may leave unread for long; see `ConnectionSettings::for_unread`.
@@ -77,7 +82,7 @@ enum Work {
 
 impl Router {
     /// A router over a table of routes that others keep fresh.
-    pub fn new(routes: watch::Receiver<Arc<RouteTable>>, settings: RouterSettings) -> Self {
+    pub fn new(routes: Routes, settings: RouterSettings) -> Self {
         let bounds = answered::Bounds { window: settings.answers_window, bytes_max: settings.answers_bytes_max };
         Self::connected(routes, settings, Arc::new(Sessions::new()), Arc::new(Answered::new(bounds)), Instant::now())
     }
@@ -90,7 +95,7 @@ impl Router {
     }
 
     fn connected(
-        routes: watch::Receiver<Arc<RouteTable>>,
+        routes: Routes,
         settings: RouterSettings,
         sessions: Arc<Sessions>,
         answered: Arc<Answered>,
@@ -104,7 +109,18 @@ impl Router {
 
     /// The newest routes.
     pub fn routes(&self) -> Arc<RouteTable> {
-        self.0.routes.borrow().clone()
+        self.0.routes.table()
+    }
+
+    /// The replica that a request of this model would be sent to now; `None` while nobody serves it. What every request pays
+    /// before it is sent: at most a microsecond with 1,000 workers and 10,000 models, and no lock (`cresset-bench --only routing`).
+    ///
+    /// # Errors
+    /// [`LookupError`].
+    pub fn choose(&self, model: &str, version: &Version) -> Result<Option<Arc<Replica>>, LookupError> {
+        let table = self.0.routes.load();
+        let route = table.lookup(model, version)?;
+        Ok(Failover::untried(&self.0, Kind::Unary).pick(&self.0, route))
     }
 
     /// Waits until the routes are of this epoch, or a later one. Returns at once when nobody feeds them any more.
@@ -220,15 +236,15 @@ impl Inner {
 
     /// The route of a model; waits for the first table if none has come yet.
     async fn route(&self, name: &str, version: Version, deadline: Instant) -> Result<Arc<ModelRoute>, Status> {
-        if !self.routes.borrow().is_received() {
+        if !self.routes.load().is_received() {
             let mut routes = self.routes.clone();
             let patience = deadline.min(Instant::now() + self.settings.route_wait);
-            let received = tokio::time::timeout_at(patience, routes.wait_for(|table| table.is_received())).await;
-            if !matches!(received, Ok(Ok(_))) {
+            let received = tokio::time::timeout_at(patience, routes.wait_for(RouteTable::is_received)).await;
+            if !matches!(received, Ok(Some(_))) {
                 return Err(Reason::NoReplica.status("no routes are known yet: no coordinator has sent any"));
             }
         }
-        lookup(&self.routes.borrow(), name, &version).cloned()
+        lookup(&self.routes.load(), name, &version).cloned()
     }
 }
 
@@ -272,7 +288,7 @@ mod checks {
 
     #[tokio::test(start_paused = true)]
     async fn without_any_table_a_request_waits_and_then_says_why() {
-        let (_sender, routes) = watch::channel(Arc::new(RouteTable::unknown()));
+        let (_sender, routes) = crate::routes::channel();
         let router = Router::new(routes, RouterSettings::default());
         let started = Instant::now();
         let request = ModelInferRequest { model_name: "m".into(), ..Default::default() };

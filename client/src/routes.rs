@@ -1,176 +1,33 @@
 //! Who serves what: the table that a router chooses from.
 //!
-//! A table is immutable and is shared as `Arc<RouteTable>` in a `watch` channel, so that a request sees one consistent table
-//! and can wait for a newer one. What outlives a table is a [`Replica`]'s count of requests in flight: the next table takes
-//! over the counters of each worker that still lives the same life.
+//! A table is immutable and is shared as `Arc<RouteTable>` through [`Routes`], so that a request sees one consistent table
+//! and can wait for a newer one. What outlives a table is what a [`Replica`] counts: the next table takes over the counters of
+//! each worker that still lives the same life.
 //!
 //! Absent here: where tables come from (see `coordinators`, or the coordinator's own state) and connections (see `workers`).
+mod feed;
+mod replica;
+
 use std::{
     borrow::Borrow,
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
-    },
-    time::Duration,
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, atomic::AtomicU64},
 };
 
 use cresset_proto::{
-    fleet::v1::{ModelRoute as WireRoute, WatchResponse, WorkerRoute},
+    fleet::v1::{ModelRoute as WireRoute, WatchResponse},
     ids::{VersionError, VersionText, version_text},
     inference::{ModelConfig, ModelInferRequest},
     model_config,
     reason::Reason,
 };
 use prost::Message;
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use crate::{
-    balance::{self, SHARE_MIN},
-    latency::{Recent, SLOWNESS_MAX},
+pub use self::{
+    feed::{RouteSender, Routes, channel},
+    replica::{InFlight, Replica},
 };
-
-/// One life of a worker, as a router sees it. Shared by all models that it serves.
-#[derive(Debug)]
-pub struct Replica {
-    /// The worker.
-    pub worker_id: String,
-    /// Which life of it.
-    pub incarnation: u64,
-    /// `host:port` of its gRPC service.
-    pub address: String,
-    /// What it shares its fate with; empty for unknown.
-    pub zone: String,
-    /// Its number in [`balance`].
-    pub(crate) id: u64,
-    in_flight: AtomicU32,
-    /// A [`Recent`]: how long its answers take, as a multiple of what is usual for their models.
-    slowness: AtomicU64,
-    /// On the router's clock, when it was first thought of; 0 before.
-    first_seen_ms: AtomicU64,
-    /// On the router's clock; 0 when nothing is held against it.
-    failing_until_ms: AtomicU64,
-    gone: CancellationToken,
-}
-
-impl Replica {
-    /// A worker's life that nothing is known of yet.
-    pub fn new(worker_id: impl Into<String>, incarnation: u64, address: impl Into<String>) -> Self {
-        let worker_id = worker_id.into();
-        Self {
-            id: balance::id_of(&worker_id),
-            worker_id,
-            incarnation,
-            address: address.into(),
-            zone: String::new(),
-            in_flight: AtomicU32::new(0),
-            slowness: AtomicU64::new(Recent::default().to_bits()),
-            first_seen_ms: AtomicU64::new(0),
-            failing_until_ms: AtomicU64::new(0),
-            gone: CancellationToken::new(),
-        }
-    }
-
-    /// The same worker in a zone.
-    #[must_use]
-    pub fn in_zone(self, zone: impl Into<String>) -> Self {
-        Self { zone: zone.into(), ..self }
-    }
-
-    /// Takes note of an answer to a request of `route` that took so long.
-    pub(crate) fn note_answer(&self, route: &ModelRoute, took: Duration, now_ms: u64) {
-        self.note_success();
-        let took_us = took.as_secs_f32() * 1e6;
-        let usual_us = change(&route.usual_us, |usual| usual.mean(took_us, now_ms)).value().max(1.0);
-        let slowness = (took_us / usual_us).min(SLOWNESS_MAX);
-        change(&self.slowness, |recent| recent.peak(slowness, now_ms));
-    }
-
-    /// How slow it is now, as a multiple of the usual.
-    pub(crate) fn slowness(&self, now_ms: u64) -> f32 {
-        Recent::from_bits(self.slowness.load(Ordering::Relaxed)).faded(1.0, now_ms)
-    }
-
-    /// What part of its due it may get: it grows to 1 during `slow_start` after it was first thought of.
-    pub(crate) fn share(&self, slow_start: Duration, now_ms: u64) -> f32 {
-        let mut first_ms = self.first_seen_ms.load(Ordering::Relaxed);
-        if first_ms == 0 {
-            first_ms = now_ms.max(1);
-            // Whoever is first is right: they all mean now.
-            let _ = self.first_seen_ms.compare_exchange(0, first_ms, Ordering::Relaxed, Ordering::Relaxed);
-        }
-        let age_ms = now_ms.saturating_sub(first_ms) as f32;
-        (age_ms / (slow_start.as_secs_f32() * 1e3).max(1.0)).clamp(SHARE_MIN, 1.0)
-    }
-
-    /// Requests that this router has there, over all models.
-    pub fn in_flight(&self) -> u32 {
-        self.in_flight.load(Ordering::Relaxed)
-    }
-
-    /// Counts a request until the guard is dropped.
-    pub fn enter(self: &Arc<Self>) -> InFlight {
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
-        InFlight(Arc::clone(self))
-    }
-
-    /// Holds a failure against the replica until `until_ms` on the router's clock.
-    pub(crate) fn note_failure(&self, until_ms: u64) {
-        self.failing_until_ms.fetch_max(until_ms, Ordering::Relaxed);
-    }
-
-    /// Forgives everything: it has answered.
-    pub(crate) fn note_success(&self) {
-        if self.failing_until_ms.load(Ordering::Relaxed) != 0 {
-            self.failing_until_ms.store(0, Ordering::Relaxed);
-        }
-    }
-
-    pub(crate) fn is_failing(&self, now_ms: u64) -> bool {
-        self.failing_until_ms.load(Ordering::Relaxed) > now_ms
-    }
-
-    /// Ends when a newer table no longer knows this life of the worker: it was judged dead, or has left.
-    pub async fn gone(&self) {
-        self.gone.cancelled().await;
-    }
-
-    /// Whether [`gone`](Self::gone) has ended.
-    pub fn is_gone(&self) -> bool {
-        self.gone.is_cancelled()
-    }
-
-    fn is(&self, route: &WorkerRoute) -> bool {
-        self.worker_id == route.worker_id
-            && self.incarnation == route.incarnation
-            && self.address == route.grpc_address
-            && self.zone == route.zone
-    }
-}
-
-/// Changes a shared [`Recent`] and returns what it is now.
-fn change(shared: &AtomicU64, next: impl Fn(Recent) -> Recent) -> Recent {
-    let mut bits = shared.load(Ordering::Relaxed);
-    loop {
-        let newer = next(Recent::from_bits(bits));
-        match shared.compare_exchange_weak(bits, newer.to_bits(), Ordering::Relaxed, Ordering::Relaxed) {
-            Ok(_) => return newer,
-            Err(meanwhile) => bits = meanwhile,
-        }
-    }
-}
-
-/// One request in flight at a replica.
-#[derive(Debug)]
-pub struct InFlight(Arc<Replica>);
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
-    }
-}
 
 /// One version of a model and who serves it.
 #[derive(Debug)]
@@ -264,7 +121,8 @@ impl LookupError {
 pub struct RouteTable {
     epoch: u64,
     received: bool,
-    models: BTreeMap<String, BTreeMap<u64, Arc<ModelRoute>>>,
+    /// Hashed, as every request looks here: in a tree of 10,000 names it meets a dozen of them on its way.
+    models: HashMap<String, BTreeMap<u64, Arc<ModelRoute>>>,
     labels: BTreeMap<String, BTreeMap<String, u64>>,
     workers: BTreeMap<String, Arc<Replica>>,
     coordinators: Vec<String>,
@@ -305,7 +163,7 @@ impl RouteTable {
             };
             workers.insert(route.worker_id.clone(), replica);
         }
-        let mut models: BTreeMap<String, BTreeMap<u64, Arc<ModelRoute>>> = BTreeMap::new();
+        let mut models: HashMap<String, BTreeMap<u64, Arc<ModelRoute>>> = HashMap::new();
         for wire in &response.models {
             let known = previous.models.get(&wire.model).and_then(|versions| versions.get(&wire.version));
             let route = model_route(wire, &workers, known)?;
@@ -318,36 +176,11 @@ impl RouteTable {
         // Only now: a table that can't be built must change nothing.
         for (id, replica) in &previous.workers {
             if !workers.get(id).is_some_and(|kept| Arc::ptr_eq(kept, replica)) {
-                replica.gone.cancel();
+                replica.leave();
             }
         }
         let coordinators = response.coordinator_grpc_addresses.clone();
         Ok(Self { epoch: response.epoch, received: true, models, labels, workers, coordinators })
-    }
-
-    /// Replaces the table in `sender` by a newer one; one that isn't newer is ignored (`false`).
-    ///
-    /// # Errors
-    /// [`RouteError`]; the old table stays in force then.
-    pub fn publish(sender: &watch::Sender<Arc<RouteTable>>, response: &WatchResponse) -> Result<bool, RouteError> {
-        let mut result = Ok(false);
-        sender.send_if_modified(|table| {
-            if table.received && response.epoch <= table.epoch {
-                return false;
-            }
-            match Self::build(response, table) {
-                Ok(newer) => {
-                    *table = Arc::new(newer);
-                    result = Ok(true);
-                    true
-                }
-                Err(error) => {
-                    result = Err(error);
-                    false
-                }
-            }
-        });
-        result
     }
 
     /// The epoch that the table is of; 0 when nothing was received.
@@ -367,7 +200,8 @@ impl RouteTable {
 
     /// All models, in order of name and version.
     pub fn models(&self) -> impl Iterator<Item = &Arc<ModelRoute>> {
-        self.models.values().flat_map(BTreeMap::values)
+        let by_name: BTreeMap<_, _> = self.models.iter().collect();
+        by_name.into_values().flat_map(BTreeMap::values)
     }
 
     /// All workers, in order of their ids.

@@ -2,8 +2,12 @@
 //!
 //! Connections are tuned to notice a dead peer soon: pings every 400 ms even when idle, and no answer for a second ends
 //! them. A connection that failed is dropped at once, so the next request makes a new one instead of waiting for the old.
+//!
+//! Every request looks its connection up, and takes no lock for it: the table of connections is replaced as a whole when one
+//! is made or dropped, which is rare.
 use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
@@ -82,13 +86,10 @@ async fn connect(uri: http::Uri, timeout: Duration) -> io::Result<TokioIo<Coales
 #[derive(Debug)]
 pub struct Workers {
     settings: ConnectionSettings,
-    connections: Mutex<Pool>,
-}
-
-#[derive(Debug, Default)]
-struct Pool {
-    next_id: u64,
-    by_worker: HashMap<(String, u64), Connection>,
+    /// By the serial number of the replica.
+    connections: ArcSwap<HashMap<u64, Connection>>,
+    /// The number of the newest connection. Whoever holds it may replace the table.
+    newest: Mutex<u64>,
 }
 
 /// A channel of the pool.
@@ -104,7 +105,7 @@ pub struct Connection {
 impl Workers {
     /// An empty pool.
     pub fn new(settings: ConnectionSettings) -> Self {
-        Self { settings, connections: Mutex::default() }
+        Self { settings, connections: ArcSwap::default(), newest: Mutex::new(0) }
     }
 
     /// The largest message either way, in bytes.
@@ -117,20 +118,23 @@ impl Workers {
     /// # Errors
     /// UNAVAILABLE when the replica's address isn't one.
     pub fn connection(&self, replica: &Arc<Replica>) -> Result<Connection, Status> {
-        let key = (replica.worker_id.clone(), replica.incarnation);
-        let mut pool = self.connections.lock();
-        if let Some(connection) = pool.by_worker.get(&key)
-            && connection.replica.address == replica.address
-        {
+        if let Some(connection) = self.connections.load().get(&replica.serial) {
+            return Ok(connection.clone());
+        }
+        let mut newest = self.newest.lock();
+        let connections = self.connections.load();
+        if let Some(connection) = connections.get(&replica.serial) {
             return Ok(connection.clone());
         }
         let channel = self.settings.channel(&replica.address).map_err(|error| {
             Status::unavailable(format!("worker {} has no usable address '{}': {error}", replica.worker_id, replica.address))
         })?;
-        pool.by_worker.retain(|_, connection| !connection.replica.is_gone());
-        pool.next_id += 1;
-        let connection = Connection { channel, id: pool.next_id, replica: Arc::clone(replica) };
-        pool.by_worker.insert(key, connection.clone());
+        *newest += 1;
+        let connection = Connection { channel, id: *newest, replica: Arc::clone(replica) };
+        let kept = connections.iter().filter(|(_, connection)| !connection.replica.is_gone());
+        let mut connections: HashMap<_, _> = kept.map(|(serial, connection)| (*serial, connection.clone())).collect();
+        connections.insert(replica.serial, connection.clone());
+        self.connections.store(Arc::new(connections));
         Ok(connection)
     }
 
@@ -143,11 +147,12 @@ impl Workers {
 
     /// Forgets a connection. Calls under way on it are not touched.
     fn drop_connection(&self, connection: &Connection) {
-        let key = (connection.replica.worker_id.clone(), connection.replica.incarnation);
-        let mut pool = self.connections.lock();
+        let _replacing = self.newest.lock();
+        let mut connections = HashMap::clone(&self.connections.load());
         // Several calls fail with one connection; only the first may drop it, or they'd drop each other's new ones.
-        if pool.by_worker.get(&key).is_some_and(|current| current.id == connection.id) {
-            pool.by_worker.remove(&key);
+        if connections.get(&connection.replica.serial).is_some_and(|current| current.id == connection.id) {
+            connections.remove(&connection.replica.serial);
+            self.connections.store(Arc::new(connections));
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The coordinator's settings.
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
+use cresset_client::RouterSettings;
 use cresset_proto::ids::{IdError, PeerId};
 use cresset_runtime::{
     server::MESSAGE_BYTES_MAX,
@@ -40,6 +41,12 @@ pub const PROGRAM: Program = Program {
             Some(""),
             "HOST",
             "The host by which others reach this one; default: the host of each address",
+        ),
+        Setting::new(
+            "zone",
+            Some(""),
+            "NAME",
+            "The failure zone that this coordinator is in: requests that come here go to workers of the same zone where they can",
         ),
         Setting::new(
             "tick-ms",
@@ -88,6 +95,8 @@ pub struct Config {
     pub peer: String,
     /// The host by which others reach this one.
     pub advertise_host: String,
+    /// The failure zone; empty for none.
+    pub zone: String,
     /// One tick of consensus.
     pub tick: Duration,
     /// Log entries between two snapshots.
@@ -169,6 +178,7 @@ impl Config {
             http: settings.required("http"),
             peer: settings.required("peer"),
             advertise_host: settings.optional("advertise-host").unwrap_or_default(),
+            zone: settings.optional("zone").unwrap_or_default(),
             tick: Duration::from_millis(settings.required("tick-ms")),
             snapshot_entries: settings.required("snapshot-entries"),
             disk_kept_bytes: settings.required::<u64>("disk-kept-mib").saturating_mul(1 << 20),
@@ -198,6 +208,11 @@ impl Config {
             disk_kept_bytes: self.disk_kept_bytes,
             ..consensus::Settings::new(&self.cluster_id, self.id.0, peers, &self.data_dir)
         }
+    }
+
+    /// The settings of the router behind the public port.
+    pub fn router(&self) -> RouterSettings {
+        RouterSettings { zone: self.zone.clone(), ..RouterSettings::default() }
     }
 
     /// How others reach a port of this coordinator.
@@ -235,6 +250,9 @@ mod tests {
         let args = ["--id", "c2", "--cluster-id", "x", "--peers", peers, "--data-dir", "d", "--model-repository", "."];
         let config = read(&args).unwrap();
         assert_eq!((config.id, config.peers.len()), (PeerId(2), 2));
+        assert_eq!(config.router(), RouterSettings::default());
+        let zoned = read(&[&args[..], &["--zone", "rack-1"]].concat()).unwrap();
+        assert_eq!(zoned.router().zone, "rack-1");
         assert_eq!(config.advertised(&"127.0.0.1:9".parse().unwrap()), "127.0.0.1:9");
     }
 

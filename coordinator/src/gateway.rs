@@ -1,12 +1,14 @@
 //! Predictions for clients of any language: the router, fed from this coordinator's own copy of the state.
 //!
 //! The copy is kept when there is no leader, and so are the routes: predictions go on.
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use cresset_client::{RouteTable, Router, RouterSettings};
+use cresset_client::{
+    Router, RouterSettings,
+    routes::{RouteSender, channel},
+};
 use cresset_core::routes::routes;
 use cresset_proto::fleet::v1::WatchResponse;
-use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{consensus::Consensus, metrics};
@@ -16,7 +18,7 @@ const FIGURES_EVERY: Duration = Duration::from_secs(1);
 
 /// A router whose routes follow the state here until `closing`.
 pub fn router(consensus: &Consensus, settings: RouterSettings, tasks: &TaskTracker, closing: &CancellationToken) -> Router {
-    let (table, watched) = watch::channel(Arc::new(RouteTable::unknown()));
+    let (table, watched) = channel();
     tasks.spawn(closing.clone().run_until_cancelled_owned(follow(consensus.clone(), table)));
     let router = Router::new(watched, settings);
     tasks.spawn(closing.clone().run_until_cancelled_owned(tell(router.clone())));
@@ -31,7 +33,7 @@ async fn tell(router: Router) {
     }
 }
 
-async fn follow(consensus: Consensus, table: watch::Sender<Arc<RouteTable>>) {
+async fn follow(consensus: Consensus, table: RouteSender) {
     let mut applied = consensus.applied();
     let mut sent = None;
     loop {
@@ -39,7 +41,7 @@ async fn follow(consensus: Consensus, table: watch::Sender<Arc<RouteTable>>) {
         if sent != Some(epoch) {
             sent = Some(epoch);
             let response = WatchResponse::from(&routes(&consensus.state()));
-            if let Err(error) = RouteTable::publish(&table, &response) {
+            if let Err(error) = table.publish(&response) {
                 tracing::error!(%error, epoch, "routes can't be used; the last ones stay");
             }
         }

@@ -22,7 +22,7 @@ pub mod store;
 
 use std::{sync::Arc, time::Duration};
 
-use cresset_client::{RouterSettings, repository::Repository};
+use cresset_client::repository::Repository;
 use cresset_core::{Command, CommandBody, CommandId, Outcome, PeerId, state::PeerInfo};
 use cresset_proto::{
     DESCRIPTORS,
@@ -98,7 +98,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     };
     tasks.spawn(closing.clone().run_until_cancelled_owned(announce(consensus.clone(), config.id, info)));
 
-    let router = gateway::router(&consensus, RouterSettings::default(), &tasks, &closing);
+    let router = gateway::router(&consensus, config.router(), &tasks, &closing);
     let others = others(&consensus, &config);
     let store = Store::open(&config.data_dir.join("files"), &config.cluster_id, others).map_err(Error::Store)?;
     tasks.spawn(store.clone().follow(consensus.clone(), closing.clone()));

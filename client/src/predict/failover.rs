@@ -8,14 +8,14 @@ use std::{
 };
 
 use cresset_proto::metadata::retry_pushback;
-use tokio::{sync::watch, time::Instant};
+use tokio::time::Instant;
 use tonic::Status;
 
 use super::Inner;
 use crate::{
     balance::{self, Candidate},
     retry::{self, Budget, Failure, Kind, Pays, Verdict, allowance::Allowance},
-    routes::{ModelRoute, Replica, RouteTable},
+    routes::{ModelRoute, Replica},
 };
 
 /// The memory of one request's failures.
@@ -29,12 +29,18 @@ pub(super) struct Failover {
 }
 
 impl Failover {
+    /// For a new request, which pays in for those that have to be run again.
     pub(super) fn new(router: &Inner, kind: Kind) -> Self {
-        let mut fresh = Self { kind, tried: Vec::new(), moves_left: 0, overloads_left: 0, failures: 0 };
-        fresh.reset(router);
         if kind != Kind::Sequence {
             router.repetitions.pay_in(router.now_ms());
         }
+        Self::untried(router, kind)
+    }
+
+    /// For a request that may never be sent.
+    pub(super) fn untried(router: &Inner, kind: Kind) -> Self {
+        let mut fresh = Self { kind, tried: Vec::new(), moves_left: 0, overloads_left: 0, failures: 0 };
+        fresh.reset(router);
         fresh
     }
 
@@ -54,31 +60,36 @@ impl Failover {
         self.tried.clear();
     }
 
-    fn candidates(&self, router: &Inner, route: &ModelRoute) -> Vec<Candidate> {
-        let now_ms = router.now_ms();
+    fn candidate(&self, router: &Inner, replica: &Arc<Replica>, now_ms: u64) -> Candidate {
         let settings = &router.settings;
-        let candidate = |replica: &Arc<Replica>| Candidate {
+        Candidate {
             id: replica.id,
             in_flight: replica.in_flight(),
             slowness: replica.slowness(now_ms),
             share: replica.share(settings.slow_start, now_ms),
             far: !settings.zone.is_empty() && !replica.zone.is_empty() && replica.zone != settings.zone,
-            tried: replica.is_gone() || self.tried.iter().any(|tried| Arc::ptr_eq(tried, replica)),
+            tried: self.has_tried(replica),
             failing: replica.is_failing(now_ms),
-        };
-        route.replicas.iter().map(candidate).collect()
+        }
+    }
+
+    fn has_tried(&self, replica: &Arc<Replica>) -> bool {
+        replica.is_gone() || self.tried.iter().any(|tried| Arc::ptr_eq(tried, replica))
     }
 
     /// The best replica that wasn't tried.
     pub(super) fn pick(&self, router: &Inner, route: &ModelRoute) -> Option<Arc<Replica>> {
-        let index = balance::pick(&self.candidates(router, route), rand::random())?;
+        let now_ms = router.now_ms();
+        let look = |index: usize| self.candidate(router, &route.replicas[index], now_ms);
+        let index = balance::choose(route.replicas.len(), look, rand::random())?;
         route.replicas.get(index).cloned()
     }
 
     /// The replica that hasn't been tried where a sequence belongs.
     pub(super) fn place(&self, router: &Inner, route: &ModelRoute, key: u64) -> Option<Arc<Replica>> {
-        let index = balance::place(&self.candidates(router, route), key)?;
-        route.replicas.get(index).cloned()
+        let now_ms = router.now_ms();
+        let candidates: Vec<_> = route.replicas.iter().map(|replica| self.candidate(router, replica, now_ms)).collect();
+        route.replicas.get(balance::place(&candidates, key)?).cloned()
     }
 
     /// Takes note of a failure at `replica` and says what follows. Time left to `deadline` bounds it.
@@ -104,7 +115,7 @@ impl Failover {
             overloads_left: self.overloads_left,
             failures: self.failures,
             pushback_ms: retry_pushback(status.metadata()).map_or(0, millis),
-            others: route.is_some_and(|route| self.candidates(router, route).iter().any(|candidate| !candidate.tried)),
+            others: route.is_some_and(|route| route.replicas.iter().any(|replica| !self.has_tried(replica))),
             now_ms,
             deadline_ms: now_ms + millis(deadline.saturating_duration_since(Instant::now())),
         };
@@ -156,18 +167,6 @@ impl Repetitions {
         // Nothing left to change is as good.
         let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
     }
-}
-
-/// Waits for a newer table, at most until `until`.
-pub(super) async fn newer_routes(routes: &mut watch::Receiver<Arc<RouteTable>>, until: Instant) {
-    let newer = async {
-        if routes.changed().await.is_err() {
-            // Nobody feeds the table any more; only time can help.
-            std::future::pending::<()>().await;
-        }
-    };
-    // Both ends are good: the table is looked at again either way.
-    let _ = tokio::time::timeout_at(until, newer).await;
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -15,21 +15,18 @@ use cresset_proto::{
     reason::Reason,
 };
 use futures::{Stream, StreamExt, TryFutureExt, stream, stream::BoxStream};
-use tokio::{
-    sync::watch,
-    time::{Instant, sleep_until},
-};
+use tokio::time::{Instant, sleep_until};
 use tonic::{Response, Status, metadata::MetadataValue};
 
 use super::{
     CallOptions, Checked, Inner,
     call::{STREAM_ERRORS, deadline_exceeded, no_replica, outcome},
-    failover::{Failover, newer_routes},
+    failover::Failover,
     lookup,
 };
 use crate::{
     retry::{Kind, Verdict},
-    routes::{InFlight, ModelRoute, Replica, RouteTable, Version},
+    routes::{InFlight, ModelRoute, Replica, Routes, Version},
     workers::Connection,
 };
 
@@ -71,7 +68,7 @@ struct Run {
     request: ModelInferRequest,
     version: Version,
     options: Arc<CallOptions>,
-    routes: watch::Receiver<Arc<RouteTable>>,
+    routes: Routes,
     failover: Failover,
     /// Responses that the caller has.
     delivered: u64,
@@ -135,7 +132,7 @@ impl Run {
 
     /// Finds a replica and gives it the request.
     async fn connect(&mut self, deadline: Instant) -> Result<(), Status> {
-        let table = self.routes.borrow_and_update().clone();
+        let table = self.routes.update();
         let route = lookup(&table, &self.request.model_name, &self.version)?;
         let Some(replica) = self.failover.pick(&self.router, route) else {
             return self.wait(None, deadline).await;
@@ -180,7 +177,7 @@ impl Run {
         if Instant::now() >= deadline {
             return Err(deadline_exceeded(model));
         }
-        let table = self.routes.borrow().clone();
+        let table = self.routes.table();
         let route = lookup(&table, model, &self.version)?;
         let pause_ms = match self.failover.failed(&self.router, Some(route), replica, &status, deadline) {
             Verdict::GiveUp => return Err(outcome(status, model)),
@@ -198,13 +195,13 @@ impl Run {
     async fn wait(&mut self, pause: Option<Duration>, deadline: Instant) -> Result<(), Status> {
         let now = Instant::now();
         let give_up = deadline.min(*self.patience.get_or_insert(now + self.router.settings.route_wait));
-        newer_routes(&mut self.routes, pause.map_or(give_up, |pause| give_up.min(now + pause))).await;
+        self.routes.newer(pause.map_or(give_up, |pause| give_up.min(now + pause))).await;
         self.failover.forgive();
         if Instant::now() >= deadline {
             return Err(deadline_exceeded(&self.request.model_name));
         }
         if Instant::now() >= give_up {
-            let table = self.routes.borrow().clone();
+            let table = self.routes.table();
             let route = lookup(&table, &self.request.model_name, &self.version)?;
             return Err(no_replica(&route.name, route.version, self.last.as_ref()));
         }

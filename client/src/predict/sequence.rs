@@ -19,7 +19,7 @@ use cresset_proto::{
 };
 use futures::{StreamExt, TryFutureExt, stream::BoxStream};
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc, watch},
+    sync::{OwnedSemaphorePermit, mpsc},
     time::Instant,
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -36,7 +36,7 @@ use super::{
 use crate::{
     journal::{Accept, Journal, Lane, Outcome},
     retry::{Kind, PAUSE_MS_MAX, Pays, Verdict},
-    routes::{InFlight, ModelRoute, Replica, RouteTable, Version},
+    routes::{InFlight, ModelRoute, Replica, Routes, Version},
     workers::Connection,
 };
 
@@ -80,7 +80,7 @@ pub(super) struct Session {
     options: CallOptions,
     inbox: mpsc::Receiver<Ask>,
     inbox_open: bool,
-    routes: watch::Receiver<Arc<RouteTable>>,
+    routes: Routes,
     journal: Journal,
     /// Of a client that may come back by way of another router.
     resumable: Option<Resumable>,
@@ -196,7 +196,7 @@ impl Session {
             },
             ask = self.inbox.recv(), if can_take => Event::Ask(ask),
             () = maybe(replica.map(|replica| replica.gone())) => Event::WorkerGone,
-            changed = self.routes.changed(), if waiting && self.routes.has_changed().is_ok() => {
+            changed = self.routes.changed(), if waiting && self.routes.is_fed() => {
                 let _ = changed;
                 Event::Retry
             }
@@ -281,7 +281,7 @@ impl Session {
         if self.link.is_some() || self.resume_at.is_some() || !self.is_awaited() {
             return;
         }
-        let table = self.routes.borrow_and_update().clone();
+        let table = self.routes.update();
         let Some(route) = table.model(&self.key.model, Version::Exactly(self.version)) else {
             let text = format!("Request for unknown model: '{}' is not found", self.key.model);
             return self.end(&Reason::UnknownModel.status(text));
@@ -409,7 +409,7 @@ impl Session {
     }
 
     fn on_failure(&mut self, replica: &Arc<Replica>, status: &Status) {
-        let table = self.routes.borrow_and_update().clone();
+        let table = self.routes.update();
         let route = table.model(&self.key.model, Version::Exactly(self.version)).map(AsRef::as_ref);
         // The deadlines of the callers are looked after one by one.
         let far = Instant::now() + self.router.settings.request_timeout;

@@ -8,10 +8,12 @@ mod unary;
 use std::sync::Arc;
 
 use cresset_proto::{inference::ModelInferRequest, parameters};
-use tokio::sync::watch;
 
 use super::*;
-use crate::fake::{Fake, routes};
+use crate::{
+    fake::{Fake, routes},
+    routes::{RouteSender, channel},
+};
 
 /// Long enough that no test comes near it.
 const IDLE_US: u64 = 60_000_000;
@@ -19,7 +21,7 @@ const IDLE_US: u64 = 60_000_000;
 /// A router and the pen that writes its routes.
 struct World {
     router: Router,
-    table: watch::Sender<Arc<RouteTable>>,
+    table: RouteSender,
     epoch: u64,
 }
 
@@ -29,15 +31,15 @@ impl World {
     }
 
     fn with(workers: &[&Fake], idle_us: u64, settings: RouterSettings) -> Self {
-        let (table, receiver) = watch::channel(Arc::new(RouteTable::unknown()));
-        RouteTable::publish(&table, &routes(1, workers, idle_us)).unwrap();
+        let (table, receiver) = channel();
+        table.publish(&routes(1, workers, idle_us)).unwrap();
         Self { router: Router::new(receiver, settings), table, epoch: 1 }
     }
 
     /// A newer table with these workers.
     fn publish(&mut self, workers: &[&Fake]) {
         self.epoch += 1;
-        RouteTable::publish(&self.table, &routes(self.epoch, workers, IDLE_US)).unwrap();
+        self.table.publish(&routes(self.epoch, workers, IDLE_US)).unwrap();
     }
 }
 

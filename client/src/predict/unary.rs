@@ -13,12 +13,12 @@ use super::{
     CallOptions, Inner,
     answered::Key,
     call::{deadline_exceeded, no_replica, outcome},
-    failover::{Failover, newer_routes},
+    failover::Failover,
     lookup, version_of,
 };
 use crate::{
     retry::{Kind, Verdict},
-    routes::Replica,
+    routes::{Replica, Routes},
 };
 
 /// An error so close to the deadline is the deadline's: the worker and tonic watch it too, with timers of their own.
@@ -46,7 +46,8 @@ async fn run(
     options: &CallOptions,
     deadline: Instant,
 ) -> Result<ModelInferResponse, Status> {
-    let mut routes = router.routes.clone();
+    // Only whoever has to wait needs word of newer ones.
+    let mut routes: Option<Routes> = None;
     let mut failover = Failover::new(router, Kind::Unary);
     let version = version_of(&request.model_version)?;
     let model = request.model_name.clone();
@@ -54,7 +55,7 @@ async fn run(
     // Runs from the moment when nobody could take the request.
     let mut patience: Option<Instant> = None;
     loop {
-        let table = routes.borrow_and_update().clone();
+        let table = routes.as_mut().map_or_else(|| router.routes.table(), Routes::update);
         let route = lookup(&table, &model, &version)?;
         let pause = match failover.pick(router, route) {
             Some(replica) => {
@@ -90,7 +91,8 @@ async fn run(
         };
         let now = Instant::now();
         let give_up = deadline.min(*patience.get_or_insert(now + router.settings.route_wait));
-        newer_routes(&mut routes, pause.map_or(give_up, |pause| give_up.min(now + pause))).await;
+        let until = pause.map_or(give_up, |pause| give_up.min(now + pause));
+        routes.get_or_insert_with(|| router.routes.since(&table)).newer(until).await;
         failover.forgive();
         if Instant::now() >= deadline {
             return Err(deadline_exceeded(&model));

@@ -1,4 +1,6 @@
-use cresset_proto::fleet::v1::{Label, ShardRoute};
+use std::time::Duration;
+
+use cresset_proto::fleet::v1::{Label, ShardRoute, WorkerRoute};
 
 use super::*;
 
@@ -76,17 +78,17 @@ fn counters_survive_an_update_and_die_with_the_incarnation() {
 
 #[test]
 fn epochs_only_grow_and_a_broken_table_changes_nothing() {
-    let (sender, receiver) = watch::channel(Arc::new(RouteTable::unknown()));
-    assert!(!receiver.borrow().is_received());
+    let (sender, receiver) = channel();
+    assert!(!receiver.load().is_received());
     let good = response(5, vec![worker("w1", 1)], vec![model(1, &["w1"])]);
-    assert_eq!(RouteTable::publish(&sender, &good), Ok(true));
-    assert_eq!(RouteTable::publish(&sender, &response(5, vec![], vec![])), Ok(false));
-    assert_eq!(RouteTable::publish(&sender, &response(4, vec![], vec![])), Ok(false));
+    assert_eq!(sender.publish(&good), Ok(true));
+    assert_eq!(sender.publish(&response(5, vec![], vec![])), Ok(false));
+    assert_eq!(sender.publish(&response(4, vec![], vec![])), Ok(false));
     let mut broken = response(6, vec![], vec![model(1, &[])]);
     broken.models[0].generation = 2;
     broken.models[0].config = vec![0xff].into();
-    assert!(matches!(RouteTable::publish(&sender, &broken), Err(RouteError::Config { .. })));
-    let table = receiver.borrow().clone();
+    assert!(matches!(sender.publish(&broken), Err(RouteError::Config { .. })));
+    let table = receiver.table();
     assert_eq!(table.epoch(), 5);
     assert!(!table.workers().next().unwrap().is_gone());
 }

@@ -6,7 +6,7 @@
 //! | [`stage`] | models, clusters and times that all parts share |
 //! | [`inprocess`] | the reference: libtorch in a process of its own |
 //! | [`generator`] | the load: `cresset bench` |
-//! | [`overhead`], [`throughput`], [`tail`], [`overload`], [`memory`] | the parts |
+//! | [`routing`], [`overhead`], [`throughput`], [`tail`], [`overload`], [`memory`] | the parts |
 //! | [`figures`], [`results`], [`plot`] | middles and spreads, the table and the JSON, the plot |
 //!
 //! A figure and its reference are measured in turns, so that what else the machine does meets both.
@@ -20,6 +20,7 @@ pub mod overhead;
 pub mod overload;
 pub mod plot;
 pub mod results;
+pub mod routing;
 pub mod stage;
 pub mod tail;
 pub mod throughput;

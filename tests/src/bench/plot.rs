@@ -289,8 +289,16 @@ mod tests {
         memory.fact("flat_requests", 10);
         memory.fact("worker_mib_over_requests", vec![100.0, 101.0]);
         let machine = Machine::ask(2);
-        let results =
-            Results { machine, rounds: 1, overhead: None, throughput: None, tail: None, overload: None, memory: Some(memory) };
+        let results = Results {
+            machine,
+            rounds: 1,
+            routing: None,
+            overhead: None,
+            throughput: None,
+            tail: None,
+            overload: None,
+            memory: Some(memory),
+        };
         draw(&results, &path).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));

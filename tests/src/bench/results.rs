@@ -58,6 +58,8 @@ pub struct Results {
     pub machine: Machine,
     /// Rounds of each figure.
     pub rounds: usize,
+    /// `routing`
+    pub routing: Option<Part>,
     /// `overhead`
     pub overhead: Option<Part>,
     /// `throughput`, by model.
@@ -84,7 +86,13 @@ impl Results {
         let mut json = Map::new();
         json.insert("machine".to_owned(), json!(self.machine));
         json.insert("rounds".to_owned(), json!(self.rounds));
-        let parts = [("overhead", &self.overhead), ("tail", &self.tail), ("overload", &self.overload), ("memory", &self.memory)];
+        let parts = [
+            ("routing", &self.routing),
+            ("overhead", &self.overhead),
+            ("tail", &self.tail),
+            ("overload", &self.overload),
+            ("memory", &self.memory),
+        ];
         json.extend(parts.into_iter().filter_map(|(name, part)| Some((name.to_owned(), part.as_ref()?.to_json()))));
         if let Some(models) = &self.throughput {
             let models: Map<_, _> = models.iter().map(|(name, part)| ((*name).to_owned(), part.to_json())).collect();
@@ -103,6 +111,7 @@ impl Results {
     pub fn table(&self) -> String {
         let mut rows = Rows(Table::new());
         rows.0.load_preset(NOTHING).set_header(["FIGURE", "MEDIAN", "SPREAD", "GOAL", "REFERENCE"]);
+        self.routing.iter().for_each(|part| routing(&mut rows, part));
         self.overhead.iter().for_each(|part| overhead(&mut rows, part));
         for (model, part) in self.models() {
             throughput(&mut rows, model.name, part);
@@ -138,6 +147,14 @@ impl Rows {
 /// A figure in words.
 fn word(part: &Part, name: &str, digits: usize) -> String {
     part.median(name).map_or("?".to_owned(), |value| format!("{value:.digits$}"))
+}
+
+fn routing(rows: &mut Rows, part: &Part) {
+    let known = |key: &str| part.known(key).map_or("?".to_owned(), ToString::to_string);
+    let reference = format!("{} models on {} workers", known("models"), known("workers"));
+    rows.row("route and replica, 1 thread, ns", part, "one_thread_ns", 0, Goal::Most(1_000.0), &reference);
+    rows.row("  2 threads at once, each", part, "two_threads_ns", 0, Goal::Most(1_000.0), "no lock between them");
+    rows.row("  a model on every worker", part, "everywhere_ns", 0, Goal::Most(1_000.0), "");
 }
 
 fn overhead(rows: &mut Rows, part: &Part) {
@@ -233,6 +250,7 @@ mod tests {
         let results = Results {
             machine,
             rounds: 3,
+            routing: None,
             overhead: Some(overhead),
             throughput: Some(BTreeMap::from([("mlp", mlp)])),
             tail: None,

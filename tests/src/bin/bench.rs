@@ -1,4 +1,4 @@
-//! `make bench`: measures a local cluster beside libtorch in process, and writes down the figures as a table, as JSON and as
+//! `make bench`: measures routing alone, and a local cluster beside libtorch in process, and writes down the figures as a table, as JSON and as
 //! a plot.
 #![forbid(unsafe_code)]
 
@@ -11,13 +11,14 @@ use cresset_tests::{
         inprocess::{self, ReferenceArgs},
         memory, overhead, overload, plot,
         results::{Machine, Results},
+        routing,
         stage::{Pace, Stage},
         tail, throughput,
     },
     harness::binaries::root,
 };
 
-/// Measures overhead, throughput, tail latency, overload and memory of a local cluster, each beside libtorch in process.
+/// Measures routing, overhead, throughput, tail latency, overload and memory of a local cluster, each beside libtorch in process.
 #[derive(Parser)]
 #[command(name = "cresset-bench", version, args_conflicts_with_subcommands = true)]
 struct Args {
@@ -58,6 +59,7 @@ enum OnDevice {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Chosen {
+    Routing,
     Overhead,
     Throughput,
     Tail,
@@ -94,8 +96,20 @@ fn bench(args: &Args) -> anyhow::Result<()> {
     let stage = Stage::set(pace, args.device == OnDevice::Cuda)?;
     stage.end_with_signals()?;
     let machine = Machine::ask(stage.cores);
-    let mut results =
-        Results { machine, rounds: pace.rounds, overhead: None, throughput: None, tail: None, overload: None, memory: None };
+    let mut results = Results {
+        machine,
+        rounds: pace.rounds,
+        routing: None,
+        overhead: None,
+        throughput: None,
+        tail: None,
+        overload: None,
+        memory: None,
+    };
+    if wants(Chosen::Routing) {
+        say("routing");
+        results.routing = Some(routing::measure(pace.rounds, pace.time / 2)?);
+    }
     let mut tuning = None;
     if wants(Chosen::Throughput) {
         say("searching the best batch and threads of libtorch in process");

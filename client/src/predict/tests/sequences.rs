@@ -231,7 +231,7 @@ async fn a_model_deployed_anew_ends_the_sequence() {
     let mut newer = routes(2, &[&worker], IDLE_US);
     newer.models.iter_mut().for_each(|model| model.generation = 2);
     worker.rescript(|seen| if matches!(seen, Seen::Step(2)) { Do::Refuse(Reason::NotHere) } else { Do::Go });
-    RouteTable::publish(&world.table, &newer).unwrap();
+    world.table.publish(&newer).unwrap();
     let status = world.router.infer(step(7, 2), &CallOptions::default()).await.unwrap_err();
     assert_eq!(Reason::of(&status), Some(Reason::SequenceNotStarted));
     assert!(status.message().contains("deployed anew"), "{status}");
