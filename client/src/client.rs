@@ -2,6 +2,7 @@
 use std::time::Duration;
 
 use cresset_proto::{
+    fleet::v1::{ReportRequest, routes_service_client::RoutesServiceClient},
     inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse},
     parameters::{bool_parameter, int64_parameter, keys},
 };
@@ -18,6 +19,11 @@ use crate::{
 
 /// How long [`CressetClient::connect`] waits for the first routes.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Between two reports of workers that are left alone.
+const REPORT_INTERVAL: Duration = Duration::from_millis(500);
+/// How long a report may take; the next one says more.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A client of one cluster.
 ///
@@ -71,12 +77,14 @@ impl CressetClient {
         }
         let shutdown = CancellationToken::new();
         let mut routes = coordinators.watch_routes(shutdown.clone());
-        let guard = shutdown.drop_guard();
+        let guard = shutdown.clone().drop_guard();
         let first = tokio::time::timeout(timeout, routes.wait_for(RouteTable::is_received)).await;
         if !matches!(first, Ok(Some(_))) {
             return Err(ConnectError::Unanswered { timeout, tried: coordinators.addresses() });
         }
-        Ok(Self { router: Router::new(routes, settings), coordinators, _watch: guard })
+        let router = Router::new(routes, settings);
+        tokio::spawn(shutdown.run_until_cancelled_owned(report(router.clone(), coordinators.clone())));
+        Ok(Self { router, coordinators, _watch: guard })
     }
 
     /// The router, to share with other tasks. It stops hearing of changes when the client is dropped.
@@ -110,6 +118,28 @@ impl CressetClient {
         // Random, so that it names one sequence in every log of the cluster; positive and never 0.
         let id = i64::try_from(rand::random::<u64>() >> 1).unwrap_or(i64::MAX).max(1);
         SequenceHandle { router: self.router.clone(), model: model.into(), id, started: false }
+    }
+}
+
+/// Tells the leader which workers are left alone here, for as long as there are any.
+async fn report(router: Router, coordinators: Coordinators) {
+    let name = format!("client-{:016x}", rand::random::<u64>());
+    let mut has_said_any = false;
+    loop {
+        tokio::time::sleep(REPORT_INTERVAL).await;
+        let opinions = router.opinions();
+        // Once more at the end: it takes its word back.
+        if opinions.is_some() || has_said_any {
+            has_said_any = opinions.is_some();
+            let report = ReportRequest { router: name.clone(), opinions: opinions.unwrap_or_default() };
+            let call = |channel| {
+                let (mut client, report) = (RoutesServiceClient::new(channel), report.clone());
+                async move { client.report(report).await }
+            };
+            if let Err(error) = coordinators.call(REPORT_TIMEOUT, call).await {
+                tracing::debug!(%error, "no coordinator took a report");
+            }
+        }
     }
 }
 

@@ -32,6 +32,7 @@ use cresset_proto::{
 use futures::{StreamExt, stream::BoxStream};
 use prost::Message;
 use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc, watch},
     task::JoinSet,
@@ -57,6 +58,8 @@ pub(crate) enum Seen {
     Many(u64),
     /// Response number so-and-so to it is next, from 0; by the request's id.
     Response(u64, u64),
+    /// It was asked whether it lives.
+    Live,
 }
 
 /// What the script makes of it.
@@ -90,6 +93,8 @@ pub(crate) struct Fake {
 struct Inner {
     script: Mutex<Arc<Script>>,
     alive: CancellationToken,
+    /// Nothing goes in or out any more, and no connection ends.
+    frozen: watch::Sender<bool>,
     seen: watch::Sender<Vec<Seen>>,
     /// Calls that ended before they were answered.
     cancelled: watch::Sender<usize>,
@@ -109,6 +114,7 @@ impl Fake {
         let inner = Arc::new(Inner {
             script: Mutex::new(Arc::new(script)),
             alive: CancellationToken::new(),
+            frozen: watch::Sender::new(false),
             seen: watch::Sender::new(Vec::new()),
             cancelled: watch::Sender::new(0),
             responses_max: AtomicU64::new(u64::MAX),
@@ -120,7 +126,8 @@ impl Fake {
         let address = relay.local_addr().unwrap();
         let fake = Self { id: id.into(), incarnation: 1, address, inner };
         let alive = fake.inner.alive.clone();
-        tokio::spawn(alive.clone().run_until_cancelled_owned(relay_all(relay, behind)));
+        let frozen = fake.inner.frozen.subscribe();
+        tokio::spawn(alive.clone().run_until_cancelled_owned(relay_all(relay, behind, frozen)));
         let service = tonic::transport::Server::builder()
             .add_service(GrpcInferenceServiceServer::new(fake.clone()))
             .add_service(SequencesServiceServer::new(fake.clone()));
@@ -131,6 +138,11 @@ impl Fake {
     /// The process is killed: all its connections break.
     pub(crate) fn die(&self) {
         self.inner.alive.cancel();
+    }
+
+    /// The process is stopped, or the cable is cut; and goes on.
+    pub(crate) fn freeze(&self, frozen: bool) {
+        self.inner.frozen.send_replace(frozen);
     }
 
     /// Everything that it has seen.
@@ -320,16 +332,35 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Copies bytes both ways for every connection, until it is dropped.
-async fn relay_all(listener: TcpListener, behind: SocketAddr) {
+async fn relay_all(listener: TcpListener, behind: SocketAddr, frozen: watch::Receiver<bool>) {
     let mut connections = JoinSet::new();
     while let Ok((mut near, _)) = listener.accept().await {
+        let frozen = frozen.clone();
         connections.spawn(async move {
             near.set_nodelay(true).unwrap();
             let mut far = TcpStream::connect(behind).await.unwrap();
             far.set_nodelay(true).unwrap();
+            let ((near_in, near_out), (far_in, far_out)) = (near.split(), far.split());
             // Either side may just break.
-            let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+            let _ = tokio::try_join!(relay_one(near_in, far_out, frozen.clone()), relay_one(far_in, near_out, frozen));
         });
+    }
+}
+
+async fn relay_one(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    mut frozen: watch::Receiver<bool>,
+) -> std::io::Result<()> {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let bytes = from.read(&mut buffer).await?;
+        // An error means that nobody could thaw it any more, nor has to.
+        let _ = frozen.wait_for(|frozen| !frozen).await;
+        if bytes == 0 {
+            return to.shutdown().await;
+        }
+        to.write_all(&buffer[..bytes]).await?;
     }
 }
 
@@ -403,6 +434,14 @@ macro_rules! inference_service {
                 Ok(Response::new(ReceiverStream::new(outgoing).boxed()))
             }
 
+            async fn server_live(
+                &self,
+                _: Request<inference::ServerLiveRequest>,
+            ) -> Result<Response<inference::ServerLiveResponse>, Status> {
+                self.inner.seen.send_modify(|all| all.push(Seen::Live));
+                Ok(Response::new(inference::ServerLiveResponse { live: true }))
+            }
+
             $(async fn $name(&self, _: Request<inference::$request>) -> Result<Response<inference::$response>, Status> {
                 Err(Status::unimplemented("not asked of workers here"))
             })*
@@ -411,7 +450,6 @@ macro_rules! inference_service {
 }
 
 inference_service! {
-    server_live(ServerLiveRequest) -> ServerLiveResponse;
     server_ready(ServerReadyRequest) -> ServerReadyResponse;
     model_ready(ModelReadyRequest) -> ModelReadyResponse;
     server_metadata(ServerMetadataRequest) -> ServerMetadataResponse;

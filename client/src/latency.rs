@@ -4,6 +4,8 @@
 
 /// After so long, a value counts for a third of what it did.
 pub const FADES_MS: f32 = 2_000.0;
+/// After so long, the longest of the last seconds counts for a third.
+const CREST_FADES_MS: f32 = 10_000.0;
 /// A sample counts at least for the rest, also when many come in one millisecond.
 const KEPT_MAX: f32 = 0.98;
 /// No replica counts as slower than this many times the usual: more would only make the balance swing.
@@ -42,6 +44,17 @@ impl Recent {
     #[must_use]
     pub fn peak(self, sample: f32, now_ms: u64) -> Self {
         if sample > self.value { Self { value: sample, at_ms: wrapped(now_ms) } } else { self.mean(sample, now_ms) }
+    }
+
+    /// After one more sample: the longest of the last seconds.
+    #[must_use]
+    pub fn crest(self, sample: f32, now_ms: u64) -> Self {
+        if sample >= self.crested(now_ms) { Self { value: sample, at_ms: wrapped(now_ms) } } else { self }
+    }
+
+    /// The longest of the last seconds, as of now.
+    pub fn crested(self, now_ms: u64) -> f32 {
+        self.value * (-(wrapped(now_ms).wrapping_sub(self.at_ms) as f32) / CREST_FADES_MS).exp()
     }
 
     /// The value now, when without news it fades to `rest`.
@@ -87,6 +100,15 @@ mod tests {
         assert!((slow.faded(1.0, 60_000) - 1.0).abs() < 0.001);
         let again = slow.peak(1.0, 1_010);
         assert!(again.value() < 9.0 && again.value() > 4.0, "{again:?}");
+    }
+
+    #[test]
+    fn the_longest_stays_for_seconds_however_many_come_after_it() {
+        let mut longest = Recent::default().crest(900.0, 0);
+        for now_ms in 1..1_000 {
+            longest = longest.crest(5.0, now_ms);
+        }
+        assert!(longest.crested(1_000) > 800.0 && longest.crested(60_000) < 5.0, "{longest:?}");
     }
 
     #[test]

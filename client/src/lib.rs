@@ -3,7 +3,7 @@
 //! The router runs inside every coordinator, behind the public gRPC service, and inside the Rust client. A table of routes
 //! goes in ([`routes`]), predictions come out ([`predict`]), and no coordinator needs to be alive in between.
 //!
-//! - [`balance`], [`latency`], [`retry`], [`journal`], [`kept`] decide, and are pure: no tokio, clock, randomness or IO.
+//! - [`balance`], [`latency`], [`ejection`], [`retry`], [`journal`], [`kept`] decide, and are pure: no tokio, clock, randomness or IO.
 //! - [`routes`] is the table, [`coordinators`] keeps it fresh from any coordinator that answers, [`workers`] holds the
 //!   connections.
 //! - [`predict`] is the router itself: unary calls, sequences and streams with failover.
@@ -33,6 +33,7 @@ pub mod balance;
 mod client;
 mod coalesce;
 pub mod coordinators;
+pub mod ejection;
 #[cfg(test)]
 mod fake;
 pub mod journal;

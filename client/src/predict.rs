@@ -3,9 +3,11 @@
 //! [`Router`] is the whole of it for a caller. `unary` sends single requests, `sequence` owns what a sequence needs to
 //! survive its worker, `sessions` finds it by its id, `resumable` lets it survive its router, `many` runs a request that is
 //! answered any number of times, `answered` remembers answers of requests that may come again, `stream` puts many requests on
-//! one stream, each answer in its place, `failover` keeps count of what a request has tried.
+//! one stream, each answer in its place, `failover` keeps count of what a request has tried, `vigil` watches the replicas while
+//! they work.
 mod answered;
 mod call;
+mod counts;
 mod failover;
 mod many;
 mod resumable;
@@ -13,11 +15,13 @@ mod sequence;
 mod sessions;
 mod stream;
 mod unary;
+mod vigil;
 
 use std::sync::Arc;
 
 use cresset_proto::{
     answers::without_shared_memory,
+    fleet::v1::Opinion,
     inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse},
     parameters::Parameters,
     reason::Reason,
@@ -30,6 +34,7 @@ use tokio::{
 use tonic::{Status, transport::Channel};
 
 pub use call::CallOptions;
+pub use counts::Counts;
 pub use sessions::SequenceFigures;
 pub use stream::until_end;
 
@@ -44,6 +49,9 @@ use crate::{
     settings::RouterSettings,
     workers::Workers,
 };
+
+/// A worker that answered within this time is one that answers.
+const ANSWERED_LATELY_US: u64 = 2_000_000;
 
 /// The router: predictions on whichever replica is best, moved to another when it fails. Clones are cheap and share
 /// connections and sequences.
@@ -60,6 +68,15 @@ struct Inner {
     sessions: Arc<Sessions>,
     answered: Arc<Answered>,
     repetitions: Repetitions,
+    counts: Arc<Counts>,
+    started: Instant,
+}
+
+/// What lanes of one router have in common beside the routes.
+struct Shared {
+    sessions: Arc<Sessions>,
+    answered: Arc<Answered>,
+    counts: Arc<Counts>,
     started: Instant,
 }
 
@@ -84,27 +101,32 @@ impl Router {
     /// A router over a table of routes that others keep fresh.
     pub fn new(routes: Routes, settings: RouterSettings) -> Self {
         let bounds = answered::Bounds { window: settings.answers_window, bytes_max: settings.answers_bytes_max };
-        Self::connected(routes, settings, Arc::new(Sessions::new()), Arc::new(Answered::new(bounds)), Instant::now())
+        Self::connected(
+            routes,
+            settings,
+            Shared {
+                sessions: Arc::new(Sessions::new()),
+                answered: Arc::new(Answered::new(bounds)),
+                counts: Arc::default(),
+                started: Instant::now(),
+            },
+        )
     }
 
     /// The same router with connections of its own, for a thread that has a runtime of its own.
     #[must_use]
     pub fn with_own_connections(&self) -> Self {
-        let Inner { routes, settings, sessions, answered, started, .. } = &*self.0;
-        Self::connected(routes.clone(), settings.clone(), Arc::clone(sessions), Arc::clone(answered), *started)
+        let Inner { routes, settings, sessions, answered, counts, started, .. } = &*self.0;
+        let (sessions, answered, counts) = (Arc::clone(sessions), Arc::clone(answered), Arc::clone(counts));
+        Self::connected(routes.clone(), settings.clone(), Shared { sessions, answered, counts, started: *started })
     }
 
-    fn connected(
-        routes: Routes,
-        settings: RouterSettings,
-        sessions: Arc<Sessions>,
-        answered: Arc<Answered>,
-        started: Instant,
-    ) -> Self {
+    fn connected(routes: Routes, settings: RouterSettings, shared: Shared) -> Self {
+        let Shared { sessions, answered, counts, started } = shared;
         let workers = Workers::new(settings.connection);
         let unread = Workers::new(settings.connection.for_unread());
         let repetitions = Repetitions::default();
-        Self(Arc::new(Inner { routes, settings, workers, unread, sessions, answered, repetitions, started }))
+        Self(Arc::new(Inner { routes, settings, workers, unread, sessions, answered, repetitions, counts, started }))
     }
 
     /// The newest routes.
@@ -127,6 +149,26 @@ impl Router {
     pub async fn wait_for_epoch(&self, epoch: u64) {
         let mut routes = self.0.routes.clone();
         let _ = routes.wait_for(|table| table.epoch() >= epoch).await;
+    }
+
+    /// What the router did beside sending requests.
+    pub fn counts(&self) -> &Counts {
+        &self.0.counts
+    }
+
+    /// What the router makes of the workers, for the leader; `None` while it leaves none alone.
+    pub fn opinions(&self) -> Option<Vec<Opinion>> {
+        let table = self.0.routes.load();
+        if table.workers().all(|worker| worker.out().is_none()) {
+            return None;
+        }
+        let lately_us = self.0.now_us().saturating_sub(ANSWERED_LATELY_US);
+        let opinion = |worker: &Arc<Replica>| {
+            let left_alone = worker.out().is_some();
+            let is_any = left_alone || worker.has_answered_since(lately_us);
+            is_any.then(|| Opinion { worker_id: worker.worker_id.clone(), incarnation: worker.incarnation, left_alone })
+        };
+        Some(table.workers().filter_map(opinion).collect())
     }
 
     /// How many sequences are open, as it changes.
@@ -191,7 +233,15 @@ impl Router {
 impl Inner {
     /// Milliseconds on the router's own clock.
     fn now_ms(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+        self.now_us() / 1_000
+    }
+
+    fn now_us(&self) -> u64 {
+        self.us(Instant::now())
+    }
+
+    fn us(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.started).as_micros()).unwrap_or(u64::MAX)
     }
 
     fn deadline(&self, options: &CallOptions) -> Instant {

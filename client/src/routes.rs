@@ -11,7 +11,11 @@ mod replica;
 use std::{
     borrow::Borrow,
     collections::{BTreeMap, HashMap},
-    sync::{Arc, atomic::AtomicU64},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use cresset_proto::{
@@ -28,6 +32,7 @@ pub use self::{
     feed::{RouteSender, Routes, channel},
     replica::{InFlight, Replica},
 };
+use crate::{ejection, latency::Recent};
 
 /// One version of a model and who serves it.
 #[derive(Debug)]
@@ -50,9 +55,27 @@ pub struct ModelRoute {
     pub replicas: Vec<Arc<Replica>>,
     /// A [`Recent`]: how long an answer takes, in µs, wherever it comes from. Shared by all tables of a deployment.
     usual_us: Arc<AtomicU64>,
+    /// A [`Recent`]: the longest that an answer took in the last seconds, in µs. Shared likewise.
+    longest_us: Arc<AtomicU64>,
 }
 
 impl ModelRoute {
+    /// How long a request may be unanswered before its replica is suspect.
+    pub fn patience(&self, now_ms: u64) -> Duration {
+        let usual = Recent::from_bits(self.usual_us.load(Ordering::Relaxed));
+        let longest = Recent::from_bits(self.longest_us.load(Ordering::Relaxed)).crested(now_ms);
+        let known = (!usual.is_unknown()).then(|| usual.value());
+        Duration::from_millis(ejection::patience_ms(known, longest))
+    }
+
+    fn note_longest(&self, took_us: f32, now_ms: u64) {
+        let longest = Recent::from_bits(self.longest_us.load(Ordering::Relaxed));
+        // Few are, and then the last to say so is right enough.
+        if took_us >= longest.crested(now_ms) {
+            self.longest_us.store(longest.crest(took_us, now_ms).to_bits(), Ordering::Relaxed);
+        }
+    }
+
     /// Says in the request which version was meant by a label: workers know none.
     pub fn address(&self, version: &Version, request: &mut ModelInferRequest) {
         if matches!(version, Version::Label(_)) {
@@ -204,6 +227,12 @@ impl RouteTable {
         by_name.into_values().flat_map(BTreeMap::values)
     }
 
+    /// The routes that a replica is part of.
+    pub(crate) fn routes_of(&self, replica: &Arc<Replica>) -> impl Iterator<Item = &Arc<ModelRoute>> {
+        let routes = self.models.values().flat_map(BTreeMap::values);
+        routes.filter(|route| route.replicas.iter().any(|other| Arc::ptr_eq(other, replica)))
+    }
+
     /// All workers, in order of their ids.
     pub fn workers(&self) -> impl Iterator<Item = &Arc<Replica>> {
         self.workers.values()
@@ -272,6 +301,7 @@ fn model_route(
         config,
         shards: u32::try_from(wire.shards.len()).unwrap_or(u32::MAX),
         usual_us: known.map_or_else(Arc::default, |known| Arc::clone(&known.usual_us)),
+        longest_us: known.map_or_else(Arc::default, |known| Arc::clone(&known.longest_us)),
         replicas: ids.iter().filter_map(|id| workers.get(id)).cloned().collect(),
     })
 }

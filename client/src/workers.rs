@@ -99,6 +99,8 @@ pub struct Connection {
     pub channel: Channel,
     /// Tells this connection from its successor to the same worker.
     id: u64,
+    /// How often the replica had been taken out for its silence when it was made.
+    silences: u32,
     replica: Arc<Replica>,
 }
 
@@ -118,19 +120,25 @@ impl Workers {
     /// # Errors
     /// UNAVAILABLE when the replica's address isn't one.
     pub fn connection(&self, replica: &Arc<Replica>) -> Result<Connection, Status> {
-        if let Some(connection) = self.connections.load().get(&replica.serial) {
+        let silences = replica.silences();
+        if let Some(connection) = self.connections.load().get(&replica.serial)
+            // Half a connection may be all that is wrong with a silent worker.
+            && connection.silences == silences
+        {
             return Ok(connection.clone());
         }
         let mut newest = self.newest.lock();
         let connections = self.connections.load();
-        if let Some(connection) = connections.get(&replica.serial) {
+        if let Some(connection) = connections.get(&replica.serial)
+            && connection.silences == silences
+        {
             return Ok(connection.clone());
         }
         let channel = self.settings.channel(&replica.address).map_err(|error| {
             Status::unavailable(format!("worker {} has no usable address '{}': {error}", replica.worker_id, replica.address))
         })?;
         *newest += 1;
-        let connection = Connection { channel, id: *newest, replica: Arc::clone(replica) };
+        let connection = Connection { channel, id: *newest, silences, replica: Arc::clone(replica) };
         let kept = connections.iter().filter(|(_, connection)| !connection.replica.is_gone());
         let mut connections: HashMap<_, _> = kept.map(|(serial, connection)| (*serial, connection.clone())).collect();
         connections.insert(replica.serial, connection.clone());

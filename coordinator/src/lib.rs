@@ -105,6 +105,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let repository = Repository::new(&config.model_repository).remembering_digests();
     let context = Arc::new(Context::new(config.id, consensus.clone(), fleet, repository, store.clone(), closing.clone()));
     let public = services::routes(&context, &router, server::lanes(config.grpc_threads, 1), config.message_bytes_max);
+    tasks.spawn(closing.clone().run_until_cancelled_owned(Arc::clone(&context).report(router.clone())));
     let (public, public_health) = server::with_health_and_reflection(public, DESCRIPTORS).await?;
     let membership = MembershipServiceServer::new(membership);
     let peer = Routes::new(raft).add_service(membership).add_service(FilesServiceServer::new(store));

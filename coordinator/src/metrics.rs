@@ -1,7 +1,7 @@
 //! Metrics of the coordinator's own. Names are part of what dashboards rely on; the test below pins them.
 use std::sync::LazyLock;
 
-use cresset_client::SequenceFigures;
+use cresset_client::{Router, SequenceFigures, ejection::Cause as Ejected};
 use cresset_core::command::Cause;
 use cresset_runtime::metrics::register;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts};
@@ -61,6 +61,24 @@ pub fn sequences(figures: SequenceFigures) {
     TAKEN_UP.inc_by(figures.taken_up.saturating_sub(TAKEN_UP.get()));
 }
 
+/// Workers that this coordinator's router leaves alone now.
+pub static LEFT_ALONE: LazyLock<IntGauge> =
+    LazyLock::new(|| gauge("cresset_workers_left_alone", "workers that this coordinator's router sends nothing to"));
+
+/// How often its router took a worker out, by cause.
+pub static EJECTIONS: LazyLock<IntCounterVec> =
+    LazyLock::new(|| counter("cresset_worker_ejections_total", "how often the router took a worker out", "cause"));
+
+/// Shows what a router has counted.
+pub fn show_router(router: &Router) {
+    let left_alone = router.routes().workers().filter(|worker| worker.out().is_some()).count();
+    LEFT_ALONE.set(i64::try_from(left_alone).unwrap_or(i64::MAX));
+    for cause in [Ejected::Silence, Ejected::Slow, Ejected::Failures, Ejected::Canary] {
+        let shown = EJECTIONS.with_label_values(&[cause.as_str()]);
+        shown.inc_by(router.counts().ejections(cause).saturating_sub(shown.get()));
+    }
+}
+
 /// The label of a cause.
 pub fn cause(cause: Cause) -> &'static str {
     match cause {
@@ -82,6 +100,8 @@ mod tests {
         MOVES.with_label_values(&["add"]).inc();
         sequences(SequenceFigures { live: 2, journals_bytes: 3, checkpoints_bytes: 4, taken_up: 5 });
         sequences(SequenceFigures { live: 1, journals_bytes: 2, checkpoints_bytes: 6, taken_up: 7 });
+        LEFT_ALONE.set(0);
+        EJECTIONS.with_label_values(&[Ejected::Silence.as_str()]).inc();
         let text = cresset_runtime::metrics::render();
         for name in [
             "cresset_leading",
@@ -92,6 +112,8 @@ mod tests {
             "cresset_router_journals_bytes 2",
             "cresset_router_checkpoints_bytes_total 6",
             "cresset_router_sequences_taken_up_total 7",
+            "cresset_workers_left_alone",
+            "cresset_worker_ejections_total{cause=\"silence\"}",
         ] {
             assert!(text.contains(name), "{name} is missing in\n{text}");
         }

@@ -31,13 +31,14 @@ const KEPT_TO: [(&str, &str); 6] = [
 ];
 
 /// Rooms that decide and do nothing: time comes in as a value, effects go out as values.
-const PURE: [&str; 12] = [
+const PURE: [&str; 13] = [
     "worker/src/health.rs",
     "coordinator/core/src",
     "worker/src/batching.rs",
     "worker/src/assignment.rs",
     "worker/src/admission.rs",
     "client/src/balance.rs",
+    "client/src/ejection.rs",
     "client/src/latency.rs",
     "client/src/retry.rs",
     "client/src/retry",

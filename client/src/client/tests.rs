@@ -61,3 +61,28 @@ async fn without_a_coordinator_connecting_says_whom_it_asked() {
     let error = CressetClient::connect_with(["127.0.0.1:1"], RouterSettings::default(), timeout).await.unwrap_err();
     assert_eq!(error.to_string(), "no coordinator sent routes within 200 ms; tried 127.0.0.1:1");
 }
+
+#[tokio::test]
+async fn the_coordinators_hear_which_workers_are_left_alone_and_when_that_ends() {
+    let workers = [Fake::start("w1").await, Fake::start("w2").await];
+    let coordinator = FakeCoordinator::start("c1", true, routes(1, &[&workers[0], &workers[1]], 60_000_000)).await;
+    let client = CressetClient::connect([coordinator.address.to_string()]).await.unwrap();
+    let ask = async || client.infer(ModelInferRequest { model_name: "plain".into(), ..Default::default() }).await.unwrap();
+    while workers[0].infers() == 0 {
+        ask().await;
+    }
+    workers[0].freeze(true);
+    let mut reported = coordinator.reported.subscribe();
+    while reported.borrow().is_empty() {
+        ask().await;
+    }
+    let first = reported.borrow_and_update()[0].clone();
+    let said: Vec<_> =
+        first.opinions.iter().map(|opinion| (&*opinion.worker_id, opinion.incarnation, opinion.left_alone)).collect();
+    assert_eq!(said, [("w1", 1, true), ("w2", 1, false)]);
+    workers[0].freeze(false);
+    while reported.borrow().iter().all(|report| !report.opinions.is_empty()) {
+        ask().await;
+    }
+    assert!(reported.borrow().iter().all(|report| report.router == first.router));
+}

@@ -7,7 +7,7 @@ use cresset_proto::{
         admin_service_server::{AdminService, AdminServiceServer},
     },
     fleet::v1::{
-        WatchRequest, WatchResponse,
+        ReportRequest, ReportResponse, WatchRequest, WatchResponse,
         routes_service_server::{RoutesService, RoutesServiceServer},
     },
     reason::Reason,
@@ -30,6 +30,8 @@ pub(crate) struct FakeCoordinator {
     tables: watch::Sender<WatchResponse>,
     /// Epochs that watchers said they had.
     pub(crate) watched: watch::Sender<Vec<u64>>,
+    /// What clients said of workers.
+    pub(crate) reported: watch::Sender<Vec<ReportRequest>>,
 }
 
 impl FakeCoordinator {
@@ -44,6 +46,7 @@ impl FakeCoordinator {
             alive: CancellationToken::new(),
             tables: watch::Sender::new(table),
             watched: watch::Sender::new(Vec::new()),
+            reported: watch::Sender::new(Vec::new()),
         };
         let alive = fake.alive.clone();
         tokio::spawn(alive.clone().run_until_cancelled_owned(relay_all(relay, behind)));
@@ -72,6 +75,11 @@ impl RoutesService for FakeCoordinator {
         self.watched.send_modify(|watched| watched.push(epoch));
         let tables = tokio_stream::wrappers::WatchStream::new(self.tables.subscribe());
         Ok(Response::new(tables.filter(move |table| std::future::ready(table.epoch > epoch)).map(Ok).boxed()))
+    }
+
+    async fn report(&self, request: Request<ReportRequest>) -> Result<Response<ReportResponse>, Status> {
+        self.reported.send_modify(|reported| reported.push(request.into_inner()));
+        Ok(Response::new(ReportResponse {}))
     }
 }
 

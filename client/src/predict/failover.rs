@@ -69,12 +69,18 @@ impl Failover {
             share: replica.share(settings.slow_start, now_ms),
             far: !settings.zone.is_empty() && !replica.zone.is_empty() && replica.zone != settings.zone,
             tried: self.has_tried(replica),
-            failing: replica.is_failing(now_ms),
+            failing: replica.is_failing(now_ms) || replica.is_out(),
         }
     }
 
     fn has_tried(&self, replica: &Arc<Replica>) -> bool {
         replica.is_gone() || self.tried.iter().any(|tried| Arc::ptr_eq(tried, replica))
+    }
+
+    /// Whether one that wasn't tried is in better health than `replica`, where the request is.
+    pub(super) fn has_better(&self, route: &ModelRoute, replica: &Arc<Replica>) -> bool {
+        let better = |other: &Arc<Replica>| !Arc::ptr_eq(other, replica) && !self.has_tried(other) && !other.is_out();
+        route.replicas.iter().any(better)
     }
 
     /// The best replica that wasn't tried.
@@ -95,13 +101,14 @@ impl Failover {
     /// Takes note of a failure at `replica` and says what follows. Time left to `deadline` bounds it.
     pub(super) fn failed(
         &mut self,
-        router: &Inner,
+        router: &Arc<Inner>,
         route: Option<&ModelRoute>,
         replica: &Arc<Replica>,
         status: &Status,
         deadline: Instant,
     ) -> Verdict {
         let failure = Failure::of(status);
+        router.blame(replica, failure);
         self.failures += 1;
         if !self.tried.iter().any(|tried| Arc::ptr_eq(tried, replica)) {
             self.tried.push(Arc::clone(replica));

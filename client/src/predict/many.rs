@@ -15,7 +15,7 @@ use cresset_proto::{
     reason::Reason,
 };
 use futures::{Stream, StreamExt, TryFutureExt, stream, stream::BoxStream};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use tonic::{Response, Status, metadata::MetadataValue};
 
 use super::{
@@ -23,6 +23,7 @@ use super::{
     call::{STREAM_ERRORS, deadline_exceeded, no_replica, outcome},
     failover::Failover,
     lookup,
+    vigil::attended,
 };
 use crate::{
     retry::{Kind, Verdict},
@@ -81,7 +82,7 @@ struct Run {
 /// The replica that runs it now.
 struct Link {
     replica: Arc<Replica>,
-    version: u64,
+    route: Arc<ModelRoute>,
     connection: Connection,
     messages: BoxStream<'static, Result<ModelStreamInferResponse, Status>>,
     /// Responses that came from here, delivered before or not.
@@ -105,13 +106,15 @@ impl Run {
                 self.connect(deadline).await?;
             }
             let Some(link) = self.link.as_mut() else { continue };
-            let status = match link.next(deadline).await {
+            let asked = Instant::now();
+            let came = link.next(&self.router, &self.failover, deadline).await;
+            let status = match came {
                 Ok(Came::Response(_)) if link.came <= self.delivered => continue,
                 Ok(Came::Response(response)) => {
                     self.delivered = link.came;
                     // What "the highest" or a label means may change; the rest must come from the version that began.
-                    self.version = Version::Exactly(link.version);
-                    link.replica.note_success();
+                    self.version = Version::Exactly(link.route.version);
+                    link.replica.note_answer(&link.route, asked.elapsed(), self.router.now_us());
                     self.failover.reset(&self.router);
                     self.patience = None;
                     return Ok(Some(response));
@@ -147,7 +150,7 @@ impl Run {
         }
     }
 
-    fn open(&self, replica: &Arc<Replica>, route: &ModelRoute) -> Result<Link, Status> {
+    fn open(&self, replica: &Arc<Replica>, route: &Arc<ModelRoute>) -> Result<Link, Status> {
         let connection = self.router.unread.connection(replica)?;
         let bytes_max = self.router.unread.message_bytes_max();
         let mut client = GrpcInferenceServiceClient::new(connection.channel.clone())
@@ -161,8 +164,14 @@ impl Run {
         call.metadata_mut().insert(STREAM_ERRORS, MetadataValue::from_static("true"));
         let messages =
             async move { client.model_stream_infer(call).await.map(Response::into_inner) }.try_flatten_stream().boxed();
-        let version = route.version;
-        Ok(Link { replica: Arc::clone(replica), version, connection, messages, came: 0, _in_flight: replica.enter() })
+        Ok(Link {
+            replica: Arc::clone(replica),
+            route: Arc::clone(route),
+            connection,
+            messages,
+            came: 0,
+            _in_flight: replica.enter(),
+        })
     }
 
     async fn failed(&mut self, status: Status, deadline: Instant) -> Result<(), Status> {
@@ -218,16 +227,9 @@ impl Run {
 }
 
 impl Link {
-    async fn next(&mut self, deadline: Instant) -> Result<Came, Status> {
-        let message = tokio::select! {
-            biased;
-            message = self.messages.next() => message,
-            () = self.replica.gone() => {
-                return Err(Reason::Fenced.status(format!("worker {} was judged dead", self.replica.worker_id)));
-            }
-            () = sleep_until(deadline) => return Err(deadline_exceeded("")),
-        };
-        let Some(message) = message.transpose()? else {
+    async fn next(&mut self, router: &Arc<Inner>, failover: &Failover, deadline: Instant) -> Result<Came, Status> {
+        let next = async { self.messages.next().await.transpose() };
+        let Some(message) = attended(router, &self.replica, &self.route, failover, deadline, next).await? else {
             return Err(Status::unknown("the worker ended the stream before the last response"));
         };
         let Some(mut response) = message.infer_response else {

@@ -32,6 +32,7 @@ use super::{
     failover::Failover,
     resumable::{Place, Resumable, step_status},
     sessions::{Ask, Beginning, Key, Reply},
+    vigil::{Vigil, judged_dead, left},
 };
 use crate::{
     journal::{Accept, Journal, Lane, Outcome},
@@ -66,6 +67,7 @@ struct Link {
     lane: Lane,
     requests: mpsc::Sender<RunRequest>,
     responses: BoxStream<'static, Result<RunResponse, Status>>,
+    vigil: Vigil,
     _in_flight: InFlight,
 }
 
@@ -102,6 +104,8 @@ enum Event {
     Room,
     Ask(Option<Ask>),
     WorkerGone,
+    WorkerOut,
+    Overdue,
     Retry,
     Deadline,
     Idle,
@@ -156,10 +160,9 @@ impl Session {
                 Event::Room => self.send(),
                 Event::Ask(Some(ask)) => self.on_ask(ask),
                 Event::Ask(None) => self.inbox_open = false,
-                Event::WorkerGone => {
-                    let text = format!("worker {} was judged dead", self.worker());
-                    self.on_link_failed(Reason::Fenced.status(text));
-                }
+                Event::WorkerGone => self.leave(judged_dead),
+                Event::WorkerOut => self.on_worker_out(),
+                Event::Overdue => self.on_overdue(),
                 Event::Retry => {
                     self.resume_at = None;
                     self.failover.forgive();
@@ -182,7 +185,9 @@ impl Session {
         let resume_at = self.resume_at;
         let idle_at = self.active_at + self.idle;
         let can_take = self.inbox_open && self.parked.is_none();
+        let overdue_at = self.link.as_ref().and_then(|link| link.vigil.overdue_at(|| self.patience()));
         let link = self.link.as_mut();
+        let seen = link.as_ref().map_or(0, |link| link.vigil.ejections_seen);
         let (requests, responses, replica) = match link {
             Some(link) => (Some(&link.requests), Some(&mut link.responses), Some(&link.replica)),
             None => (None, None, None),
@@ -196,6 +201,8 @@ impl Session {
             },
             ask = self.inbox.recv(), if can_take => Event::Ask(ask),
             () = maybe(replica.map(|replica| replica.gone())) => Event::WorkerGone,
+            () = maybe(replica.map(|replica| replica.ejected(seen))) => Event::WorkerOut,
+            () = maybe(overdue_at.map(tokio::time::sleep_until)) => Event::Overdue,
             changed = self.routes.changed(), if waiting && self.routes.is_fed() => {
                 let _ = changed;
                 Event::Retry
@@ -209,10 +216,6 @@ impl Session {
     /// Whether anybody waits for an answer.
     fn is_awaited(&self) -> bool {
         self.parked.is_some() || self.pending.iter().any(Pending::is_awaited)
-    }
-
-    fn worker(&self) -> &str {
-        self.link.as_ref().map_or("none", |link| &link.replica.worker_id)
     }
 
     /// Bytes of what is kept.
@@ -334,7 +337,8 @@ impl Session {
         let call = self.options.wrap(ReceiverStream::new(outgoing), replica, None);
         let responses = async move { client.run(call).await.map(Response::into_inner) }.try_flatten_stream().boxed();
         let _in_flight = replica.enter();
-        Ok(Link { replica: Arc::clone(replica), connection, lane, requests, responses, _in_flight })
+        let vigil = Vigil::new(replica);
+        Ok(Link { replica: Arc::clone(replica), connection, lane, requests, responses, vigil, _in_flight })
     }
 
     /// Gives the link what it has room for.
@@ -345,6 +349,7 @@ impl Session {
             let step = Step { ordinal: next.wire_ordinal, request: Some(next.request), want_checkpoint: next.want_checkpoint };
             // It can only fail when the connection has ended, and then the answers say so.
             let _ = link.requests.try_send(RunRequest { message: Some(run_request::Message::Step(step)) });
+            link.vigil.sent();
         }
     }
 
@@ -363,9 +368,13 @@ impl Session {
         let Some(ordinal) = link.lane.answered(answer.ordinal) else {
             return self.on_link_failed(Status::internal(format!("the worker answered {} out of turn", answer.ordinal)));
         };
+        let took = link.vigil.answered();
         match self.journal.accept(ordinal, outcome) {
             Accept::Deliver => {
-                link.replica.note_success();
+                match self.routes.load().model(&self.key.model, Version::Exactly(self.version)) {
+                    Some(route) => link.replica.note_answer(route, took, self.router.now_us()),
+                    None => link.replica.note_success(),
+                }
                 self.failover.reset(&self.router);
                 self.deliver(answered);
             }
@@ -405,6 +414,40 @@ impl Session {
         if let Some(link) = self.link.take() {
             self.router.workers.failed(&link.connection, &status);
             self.on_failure(&link.replica, &status);
+        }
+    }
+
+    /// Leaves the worker for a reason that isn't the connection's.
+    fn leave(&mut self, why: impl FnOnce(&Replica) -> Status) {
+        if let Some(status) = self.link.as_ref().map(|link| why(&link.replica)) {
+            self.on_link_failed(status);
+        }
+    }
+
+    /// How long the worker may be silent while it owes an answer.
+    fn patience(&self) -> Duration {
+        let table = self.routes.load();
+        let route = table.model(&self.key.model, Version::Exactly(self.version));
+        // A model that is gone ends the sequence by itself.
+        route.map_or(self.router.settings.request_timeout, |route| route.patience(self.router.now_ms()))
+    }
+
+    fn on_overdue(&mut self) {
+        let Some(link) = self.link.as_mut() else { return };
+        let since = link.vigil.note_overdue();
+        if let Some(route) = self.routes.load().model(&self.key.model, Version::Exactly(self.version)) {
+            self.router.overdue(&link.replica, route, since);
+        }
+    }
+
+    /// The worker is left alone from now on; the sequence goes on elsewhere if there is an elsewhere.
+    fn on_worker_out(&mut self) {
+        let Some(link) = self.link.as_mut() else { return };
+        link.vigil.ejections_seen = link.replica.ejections();
+        let table = self.routes.load();
+        let route = table.model(&self.key.model, Version::Exactly(self.version));
+        if route.is_some_and(|route| self.failover.has_better(route, &link.replica)) {
+            self.leave(left);
         }
     }
 

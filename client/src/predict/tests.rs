@@ -1,4 +1,5 @@
 //! The router against workers that die, refuse and lie, over real connections.
+mod ejection;
 mod many;
 mod resumed;
 mod sequences;

@@ -1,9 +1,8 @@
 //! One request without state, on one replica after the other until it is answered.
 use std::{sync::Arc, time::Duration};
 
-use cresset_proto::{
-    inference::{ModelInferRequest, ModelInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient},
-    reason::Reason,
+use cresset_proto::inference::{
+    ModelInferRequest, ModelInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
 };
 use tokio::time::Instant;
 use tonic::Status;
@@ -15,10 +14,11 @@ use super::{
     call::{deadline_exceeded, no_replica, outcome},
     failover::Failover,
     lookup, version_of,
+    vigil::attended,
 };
 use crate::{
     retry::{Kind, Verdict},
-    routes::{Replica, Routes},
+    routes::{ModelRoute, Replica, Routes},
 };
 
 /// An error so close to the deadline is the deadline's: the worker and tonic watch it too, with timers of their own.
@@ -26,7 +26,7 @@ const DEADLINE_GRAIN: Duration = Duration::from_millis(2);
 
 /// Runs the request, or says in a caller's words why not. One that has a key is run once.
 pub(super) async fn infer(
-    router: &Inner,
+    router: &Arc<Inner>,
     request: ModelInferRequest,
     key: Option<Box<Key>>,
     options: &CallOptions,
@@ -41,7 +41,7 @@ pub(super) async fn infer(
 }
 
 async fn run(
-    router: &Inner,
+    router: &Arc<Inner>,
     request: ModelInferRequest,
     options: &CallOptions,
     deadline: Instant,
@@ -63,10 +63,10 @@ async fn run(
                 let mut request = request.clone();
                 route.address(&version, &mut request);
                 let began = Instant::now();
-                let attempt = once(router, &replica, request, options, deadline);
+                let attempt = once(router, &replica, route, &failover, request, options, deadline);
                 let status = match attempt.instrument(span).await {
                     Ok(response) => {
-                        replica.note_answer(route, began.elapsed(), router.now_ms());
+                        replica.note_answer(route, began.elapsed(), router.now_us());
                         return Ok(response);
                     }
                     Err(status) => status,
@@ -105,8 +105,10 @@ async fn run(
 
 /// One attempt at one replica. Dropping it resets the call there.
 async fn once(
-    router: &Inner,
+    router: &Arc<Inner>,
     replica: &Arc<Replica>,
+    route: &ModelRoute,
+    failover: &Failover,
     request: ModelInferRequest,
     options: &CallOptions,
     deadline: Instant,
@@ -117,12 +119,9 @@ async fn once(
     let mut client = GrpcInferenceServiceClient::new(connection.channel.clone())
         .max_decoding_message_size(bytes_max)
         .max_encoding_message_size(bytes_max);
-    let answer = tokio::select! {
-        biased;
-        answer = client.model_infer(options.wrap(request, replica, Some(deadline))) => answer.map(tonic::Response::into_inner),
-        () = tokio::time::sleep_until(deadline) => Err(deadline_exceeded("")),
-        () = replica.gone() => Err(Reason::Fenced.status(format!("worker {} was judged dead", replica.worker_id))),
-    };
+    let call =
+        async { client.model_infer(options.wrap(request, replica, Some(deadline))).await.map(tonic::Response::into_inner) };
+    let answer = attended(router, replica, route, failover, deadline, call).await;
     if let Err(status) = &answer {
         router.workers.failed(&connection, status);
     }

@@ -2,17 +2,20 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use cresset_proto::fleet::v1::WorkerRoute;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::ModelRoute;
 use crate::{
     balance::{self, SHARE_MIN},
+    ejection::{Cause, Event, Peers, Phase, Standing, Verdict},
     latency::{Recent, SLOWNESS_MAX},
 };
 
@@ -38,8 +41,25 @@ pub struct Replica {
     first_seen_ms: AtomicU64,
     /// On the router's clock; 0 when nothing is held against it.
     failing_until_ms: AtomicU64,
+    /// On the router's clock in µs, when it last answered in time; 0 before.
+    answered_us: AtomicU64,
+    /// Locked only when something is held against it.
+    standing: Mutex<Standing>,
+    /// Whether there is anything in `standing` that an answer would change.
+    is_spotless: AtomicBool,
+    /// `standing`'s phase: one of [`SERVING`], [`OUT`], [`ON_TRIAL`].
+    phase: AtomicU8,
+    /// How often it was taken out.
+    ejections: AtomicU64,
+    /// How often it was taken out for its silence: connections of before aren't used any more.
+    silences: AtomicU32,
+    ejected: Notify,
     gone: CancellationToken,
 }
+
+const SERVING: u8 = 0;
+const OUT: u8 = 1;
+const ON_TRIAL: u8 = 2;
 
 impl Replica {
     /// A worker's life that nothing is known of yet.
@@ -57,6 +77,13 @@ impl Replica {
             slowness: AtomicU64::new(Recent::default().to_bits()),
             first_seen_ms: AtomicU64::new(0),
             failing_until_ms: AtomicU64::new(0),
+            answered_us: AtomicU64::new(0),
+            standing: Mutex::default(),
+            is_spotless: AtomicBool::new(true),
+            phase: AtomicU8::new(SERVING),
+            ejections: AtomicU64::new(0),
+            silences: AtomicU32::new(0),
+            ejected: Notify::new(),
             gone: CancellationToken::new(),
         }
     }
@@ -68,9 +95,17 @@ impl Replica {
     }
 
     /// Takes note of an answer to a request of `route` that took so long.
-    pub(crate) fn note_answer(&self, route: &ModelRoute, took: Duration, now_ms: u64) {
+    pub(crate) fn note_answer(&self, route: &ModelRoute, took: Duration, now_us: u64) {
+        let now_ms = now_us / 1_000;
         self.note_success();
         let took_us = took.as_secs_f32() * 1e6;
+        if took_us <= route.patience(now_ms).as_secs_f32() * 1e6 {
+            self.answered_us.store(now_us.max(1), Ordering::Relaxed);
+            if !self.is_spotless.load(Ordering::Relaxed) {
+                self.note(Event::Answered, Peers { replicas: 1, out: 0 }, now_ms, 0.0);
+            }
+        }
+        route.note_longest(took_us, now_ms);
         let usual_us = change(&route.usual_us, |usual| usual.mean(took_us, now_ms)).value().max(1.0);
         let slowness = (took_us / usual_us).min(SLOWNESS_MAX);
         change(&self.slowness, |recent| recent.peak(slowness, now_ms));
@@ -118,6 +153,77 @@ impl Replica {
 
     pub(crate) fn is_failing(&self, now_ms: u64) -> bool {
         self.failing_until_ms.load(Ordering::Relaxed) > now_ms
+    }
+
+    /// Takes note of what was seen of it, and says what follows.
+    pub(crate) fn note(&self, event: Event, peers: Peers, now_ms: u64, jitter: f32) -> Verdict {
+        let mut standing = self.standing.lock();
+        let verdict = standing.on(event, peers, now_ms, jitter);
+        self.is_spotless.store(standing.is_spotless(), Ordering::Relaxed);
+        let phase = match standing.phase() {
+            Phase::Serving => SERVING,
+            Phase::Out(_) => OUT,
+            Phase::OnTrial => ON_TRIAL,
+        };
+        self.phase.store(phase, Ordering::Relaxed);
+        if let Verdict::Eject { cause, .. } = verdict {
+            self.silences.fetch_add(u32::from(cause == Cause::Silence), Ordering::Relaxed);
+            self.ejections.fetch_add(1, Ordering::SeqCst);
+            self.ejected.notify_waiters();
+        }
+        if verdict == Verdict::Restore {
+            // From the beginning, as a fresh one: what held it back may not be over.
+            self.first_seen_ms.store(0, Ordering::Relaxed);
+            tracing::info!(worker = %self.worker_id, incarnation = self.incarnation, "a worker is back");
+        }
+        verdict
+    }
+
+    /// Why it is out, if it is.
+    pub fn out(&self) -> Option<Cause> {
+        if self.phase.load(Ordering::Relaxed) != OUT {
+            return None;
+        }
+        match self.standing.lock().phase() {
+            Phase::Out(cause) => Some(cause),
+            Phase::Serving | Phase::OnTrial => None,
+        }
+    }
+
+    /// Whether it should be left alone: it is out, or on trial with a request to show for it.
+    pub(crate) fn is_out(&self) -> bool {
+        match self.phase.load(Ordering::Relaxed) {
+            SERVING => false,
+            ON_TRIAL => self.in_flight() > 0,
+            _ => true,
+        }
+    }
+
+    /// Whether it answered in time after this moment.
+    pub(crate) fn has_answered_since(&self, since_us: u64) -> bool {
+        self.answered_us.load(Ordering::Relaxed) > since_us
+    }
+
+    /// How often it was taken out.
+    pub(crate) fn ejections(&self) -> u64 {
+        self.ejections.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn silences(&self) -> u32 {
+        self.silences.load(Ordering::Relaxed)
+    }
+
+    /// Ends when it was taken out more often than `seen`.
+    pub(crate) async fn ejected(&self, seen: u64) {
+        loop {
+            let mut news = std::pin::pin!(self.ejected.notified());
+            // First listen, then look: what comes in between is heard.
+            news.as_mut().enable();
+            if self.ejections() > seen {
+                return;
+            }
+            news.await;
+        }
     }
 
     /// Ends when a newer table no longer knows this life of the worker: it was judged dead, or has left.

@@ -99,8 +99,8 @@ fn slowness_is_measured_against_what_is_usual_for_the_model() {
     let route = table.model("m", Version::Highest).unwrap();
     let (fast, slow) = (&route.replicas[0], &route.replicas[1]);
     for now_ms in (0..20_000).step_by(10) {
-        fast.note_answer(route, Duration::from_millis(1), now_ms);
-        slow.note_answer(route, Duration::from_millis(5), now_ms);
+        fast.note_answer(route, Duration::from_millis(1), now_ms * 1_000);
+        slow.note_answer(route, Duration::from_millis(5), now_ms * 1_000);
     }
     let (fast_now, slow_now) = (fast.slowness(20_000), slow.slowness(20_000));
     assert!(fast_now < 0.8 && slow_now > 1.5 && slow_now / fast_now > 3.0, "{fast_now} {slow_now}");

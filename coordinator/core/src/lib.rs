@@ -22,6 +22,7 @@ mod codec;
 pub mod command;
 pub mod liveness;
 pub mod members;
+pub mod opinions;
 pub mod placement;
 pub mod routes;
 pub mod snapshot;

@@ -20,13 +20,15 @@ pub struct Policy {
     pub timeout_ms: u64,
     /// A verdict that isn't committed is repeated after this.
     pub repeat_ms: u64,
+    /// Silence after which a worker that routers leave alone is asked whether it still lives.
+    pub doubt_ms: u64,
     /// A gap between two ticks from which on the leader itself is taken to have stood still.
     pub stall_ms: u64,
 }
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { timeout_ms: 2_500, repeat_ms: 1_000, stall_ms: 1_000 }
+        Self { timeout_ms: 2_500, repeat_ms: 1_000, doubt_ms: 1_500, stall_ms: 1_000 }
     }
 }
 
@@ -139,6 +141,19 @@ impl Liveness {
         }
     }
 
+    /// Most routers leave the worker alone. Alone that is no verdict: only one that is silent here too is asked, sooner than the
+    /// timeout alone would have it.
+    pub fn doubted(&mut self, worker: &WorkerId, incarnation: Incarnation, now_ms: u64) -> Vec<Verdict> {
+        let doubt_ms = self.policy.doubt_ms;
+        match self.watch(worker, incarnation) {
+            Some(watch) if watch.suspicion == Suspicion::None && now_ms.saturating_sub(watch.heard_ms) >= doubt_ms => {
+                watch.suspicion = Suspicion::Probing;
+                vec![Verdict::Probe { worker: worker.clone(), incarnation }]
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// Nobody answered at the worker's address.
     pub fn probe_failed(&mut self, worker: &WorkerId, incarnation: Incarnation, now_ms: u64) -> Vec<Verdict> {
         match self.watch(worker, incarnation) {
@@ -228,6 +243,21 @@ mod tests {
         assert_eq!(liveness.probe_failed(&w("w1"), 7, 40), dead("w1", 7, Cause::Unreachable));
         let again = ticks(&mut liveness, 100, 1_100);
         assert_eq!(again.first().map(|(now, _)| *now), Some(1_100), "repeated only after the interval");
+    }
+
+    #[test]
+    fn one_that_routers_leave_alone_is_asked_sooner_if_it_is_silent_here_too() {
+        let mut liveness = Liveness::new(Policy::default(), 0);
+        liveness.registered(&w("w1"), 7, 0);
+        liveness.heartbeat(&w("w1"), 7, 1_000);
+        assert_eq!(liveness.doubted(&w("w1"), 7, 2_400), vec![], "it was heard of a moment ago");
+        assert_eq!(liveness.doubted(&w("w1"), 6, 2_500), vec![], "another life");
+        let probe = vec![Verdict::Probe { worker: w("w1"), incarnation: 7 }];
+        assert_eq!(liveness.doubted(&w("w1"), 7, 2_500), probe);
+        assert_eq!(liveness.doubted(&w("w1"), 7, 2_600), vec![], "one probe at a time");
+        liveness.probe_ok(&w("w1"), 7);
+        assert_eq!(liveness.doubted(&w("w1"), 7, 2_700), probe);
+        assert_eq!(liveness.probe_failed(&w("w1"), 7, 2_800), dead("w1", 7, Cause::Unreachable));
     }
 
     #[test]

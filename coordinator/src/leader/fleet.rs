@@ -2,7 +2,7 @@
 //!
 //! Known on the leader only, never in the log, gone with its term. The status reads it; placement takes the memory.
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -11,11 +11,13 @@ use std::{
 
 use cresset_core::{
     ClusterState, WorkerId,
+    opinions::{Opinion, Opinions, Tally},
     placement::{self, Plan},
     state::Incarnation,
 };
 use cresset_proto::fleet::v1 as fleet;
 use parking_lot::RwLock;
+use tokio::time::Instant;
 
 /// The newest heartbeat of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +59,25 @@ struct Inner {
     session_last: AtomicU64,
     /// A lock, since every holder only copies a few numbers.
     tables: RwLock<Tables>,
+    /// What routers say of workers.
+    opinions: RwLock<Opinions>,
+    clock: Clock,
+}
+
+/// Milliseconds since the fleet began. Monotonic, so a wall clock that jumps harms nobody.
+#[derive(Debug)]
+struct Clock(Instant);
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Clock {
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -89,7 +110,34 @@ impl Fleet {
                 .filter(|(id, beat)| state.workers.get(*id).is_some_and(|worker| worker.incarnation == beat.incarnation));
             current.map(|(id, beat)| (id.clone(), beat.memory_free_bytes)).collect()
         };
-        placement::plan(state, &self.0.policy, &memory_free_bytes)
+        let avoided = self.avoided();
+        let current = |(id, incarnation): &(WorkerId, Incarnation)| {
+            state.workers.get(id).is_some_and(|known| known.incarnation == *incarnation)
+        };
+        let avoided = avoided.into_iter().filter(current).map(|(id, _)| id).collect();
+        placement::plan_avoiding(state, &self.0.policy, &memory_free_bytes, &avoided)
+    }
+
+    /// A router says what it makes of the workers.
+    pub fn said(&self, router: &str, of: BTreeMap<WorkerId, Opinion>) {
+        self.0.opinions.write().said(router, of, self.0.clock.now_ms());
+    }
+
+    /// What routers say of a worker's life.
+    pub fn opinions(&self, worker: &WorkerId, incarnation: Incarnation) -> Tally {
+        self.0.opinions.read().of(worker, incarnation)
+    }
+
+    /// The lives that most routers leave alone.
+    pub(super) fn doubted(&self) -> Vec<(WorkerId, Incarnation)> {
+        let mut opinions = self.0.opinions.write();
+        opinions.tick(self.0.clock.now_ms());
+        opinions.doubted().map(|(worker, incarnation)| (worker.clone(), incarnation)).collect()
+    }
+
+    /// Those whose replicas belong elsewhere for it.
+    pub(super) fn avoided(&self) -> BTreeSet<(WorkerId, Incarnation)> {
+        self.0.opinions.read().avoided(self.0.clock.now_ms())
     }
 
     /// How many workers have a stream here.

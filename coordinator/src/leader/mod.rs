@@ -11,7 +11,7 @@ pub mod fleet;
 pub mod probe;
 pub mod sessions;
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use cresset_core::{
     CommandBody, Outcome, WorkerId,
@@ -166,6 +166,8 @@ struct Term<'a, C> {
     placing: bool,
     /// No plan before this: the last one failed.
     place_after: Instant,
+    /// Lives whose replicas belong elsewhere, as of the last plan.
+    avoided: BTreeSet<(WorkerId, Incarnation)>,
 }
 
 impl<'a, C: Cluster> Term<'a, C> {
@@ -180,6 +182,7 @@ impl<'a, C: Cluster> Term<'a, C> {
             short: false,
             placing: false,
             place_after: Instant::now(),
+            avoided: BTreeSet::new(),
         }
     }
 
@@ -211,12 +214,24 @@ impl<'a, C: Cluster> Term<'a, C> {
                 },
                 Some(event) = self.leader.events.recv() => self.on_event(event),
                 Some(done) = self.tasks.join_next(), if !self.tasks.is_empty() => self.on_done(done),
-                _ = ticks.tick() => {
-                    let verdicts = self.liveness.tick(self.leader.now_ms());
-                    self.act(verdicts);
-                }
+                _ = ticks.tick() => self.tick(),
             }
             self.place();
+        }
+    }
+
+    fn tick(&mut self) {
+        let now_ms = self.leader.now_ms();
+        let mut verdicts = self.liveness.tick(now_ms);
+        for (worker, incarnation) in self.leader.fleet.doubted() {
+            verdicts.extend(self.liveness.doubted(&worker, incarnation, now_ms));
+        }
+        self.act(verdicts);
+        let avoided = self.leader.fleet.avoided();
+        if avoided != self.avoided {
+            tracing::warn!(workers = ?avoided.iter().map(|(worker, _)| worker.as_str()).collect::<Vec<_>>(), "routers leave workers alone for long");
+            self.avoided = avoided;
+            self.plan_due = true;
         }
     }
 
@@ -278,7 +293,7 @@ impl<'a, C: Cluster> Term<'a, C> {
         let answer = (self.leader.probe)(address);
         self.tasks.spawn(async move {
             let answered = answer.await;
-            tracing::info!(%worker, incarnation, answered, "probed a worker whose stream broke");
+            tracing::info!(%worker, incarnation, answered, "probed a worker that is in doubt");
             Done::Probed { worker, incarnation, answered }
         });
     }

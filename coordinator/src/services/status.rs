@@ -36,12 +36,16 @@ pub(super) struct Peers(Mutex<BTreeMap<String, Channel>>);
 
 impl Peers {
     fn client(&self, address: &str) -> Option<AdminServiceClient<Channel>> {
+        self.channel(address).map(AdminServiceClient::new)
+    }
+
+    fn channel(&self, address: &str) -> Option<Channel> {
         let mut channels = self.0.lock();
         if !channels.contains_key(address) {
             let endpoint = Endpoint::from_shared(format!("http://{address}")).ok()?.connect_timeout(PEER_TIMEOUT);
             channels.insert(address.to_owned(), endpoint.connect_lazy());
         }
-        channels.get(address).map(|channel| AdminServiceClient::new(channel.clone()))
+        channels.get(address).cloned()
     }
 }
 
@@ -64,11 +68,16 @@ impl Context {
         self.own_status(current).await
     }
 
-    /// The leader's services, if another coordinator leads.
+    /// The leader's administration, if another coordinator leads.
     pub(super) fn leader(&self) -> Option<AdminServiceClient<Channel>> {
+        self.leader_channel().map(AdminServiceClient::new)
+    }
+
+    /// The way to the leader's public port, if another coordinator leads.
+    pub(super) fn leader_channel(&self) -> Option<Channel> {
         let leader = self.consensus.raft().borrow().leader.map(PeerId).filter(|leader| *leader != self.id)?;
         let address = self.consensus.state().peers.get(&leader)?.grpc_address.clone();
-        self.peers.client(&address)
+        self.peers.channel(&address)
     }
 
     /// The leader's answer, if another coordinator leads and answers.
@@ -85,6 +94,7 @@ impl Context {
         let plan = self.fleet.plan(&state);
         let workers = state.workers.iter().map(|(id, worker)| {
             let beat = beats.get(id).copied();
+            let said = self.fleet.opinions(id, worker.incarnation);
             Worker {
                 id: id.to_string(),
                 incarnation: worker.incarnation,
@@ -101,6 +111,8 @@ impl Context {
                 requests_total: beat.map_or(0, |beat| beat.requests_total),
                 requests_in_flight: beat.map_or(0, |beat| beat.requests_in_flight),
                 sequences_live: beat.map_or(0, |beat| beat.sequences_live),
+                routers_without: said.left_alone,
+                routers_with: said.answers,
             }
         });
         let workers = workers.collect();

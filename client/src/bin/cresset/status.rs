@@ -68,6 +68,10 @@ pub struct Worker {
     pub requests_total: u64,
     pub requests_in_flight: u64,
     pub sequences_live: u64,
+    /// Routers that leave it alone.
+    pub routers_without: u32,
+    /// Routers that it answers, as far as they said; only while others leave it alone.
+    pub routers_with: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -192,6 +196,8 @@ impl From<admin::Worker> for Worker {
             requests_total: worker.requests_total,
             requests_in_flight: worker.requests_in_flight,
             sequences_live: worker.sequences_live,
+            routers_without: worker.routers_without,
+            routers_with: worker.routers_with,
         }
     }
 }
@@ -323,7 +329,10 @@ fn tables(report: &Report) -> String {
         let memory = format!("{} of {}", output::bytes(w.memory_free_bytes), output::bytes(w.memory_bytes));
         vec![
             w.id.clone(),
-            w.state.to_owned(),
+            match w.routers_without {
+                0 => w.state.to_owned(),
+                without => format!("{}, left alone by {without} of {} routers", w.state, without + w.routers_with),
+            },
             w.device.clone(),
             memory,
             w.requests_in_flight.to_string(),

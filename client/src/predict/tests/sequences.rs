@@ -66,7 +66,7 @@ async fn dies_everywhere(window: usize) {
             let dies = move |seen: &Seen| match seen {
                 Seen::Step(id) => !answered && *id == at,
                 Seen::Answered(id) => answered && *id == at,
-                Seen::Infer(_) | Seen::Open(_) | Seen::Many(_) | Seen::Response(..) => false,
+                Seen::Infer(_) | Seen::Open(_) | Seen::Many(_) | Seen::Response(..) | Seen::Live => false,
             };
             let first = mortal("w1", dies).await;
             let second = Fake::start("w2").await;
