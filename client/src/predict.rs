@@ -3,12 +3,13 @@
 //! [`Router`] is the whole of it for a caller. `unary` sends single requests, `sequence` owns what a sequence needs to
 //! survive its worker, `sessions` finds it by its id, `resumable` lets it survive its router, `many` runs a request that is
 //! answered any number of times, `answered` remembers answers of requests that may come again, `stream` puts many requests on
-//! one stream, each answer in its place, `failover` keeps count of what a request has tried, `vigil` watches the replicas while
-//! they work.
+//! one stream, each answer in its place, `failover` keeps count of what a request has tried, `hedge` sends a second copy of
+//! one that takes long, `vigil` watches the replicas while they work.
 mod answered;
 mod call;
 mod counts;
 mod failover;
+mod hedge;
 mod many;
 mod resumable;
 mod sequence;
@@ -42,6 +43,7 @@ use crate::{
     predict::{
         answered::Answered,
         failover::{Failover, Repetitions},
+        hedge::Hedges,
         sessions::Sessions,
     },
     retry::Kind,
@@ -68,6 +70,7 @@ struct Inner {
     sessions: Arc<Sessions>,
     answered: Arc<Answered>,
     repetitions: Repetitions,
+    hedges: Hedges,
     counts: Arc<Counts>,
     started: Instant,
 }
@@ -125,8 +128,8 @@ impl Router {
         let Shared { sessions, answered, counts, started } = shared;
         let workers = Workers::new(settings.connection);
         let unread = Workers::new(settings.connection.for_unread());
-        let repetitions = Repetitions::default();
-        Self(Arc::new(Inner { routes, settings, workers, unread, sessions, answered, repetitions, counts, started }))
+        let (repetitions, hedges) = (Repetitions::default(), Hedges::default());
+        Self(Arc::new(Inner { routes, settings, workers, unread, sessions, answered, repetitions, hedges, counts, started }))
     }
 
     /// The newest routes.

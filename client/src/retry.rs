@@ -3,8 +3,8 @@
 //! Pure: what happened, how far the request was and what is left of its budgets come in as values; a verdict goes out. A
 //! prediction may be run twice (it has no effect but its answer), so a request that was sent may move as long as nothing of
 //! its answer was delivered. A sequence may always move: its journal knows what was delivered. So may a request of a decoupled
-//! model: the responses that were delivered are counted, and are left out when it runs again. What is absent here:
-//! hedging, and any notion of a replica's health (see `balance`).
+//! model: the responses that were delivered are counted, and are left out when it runs again. What is absent here: any notion of
+//! a replica's health (see `ejection`).
 pub mod allowance;
 
 use cresset_proto::reason::Reason;
@@ -232,6 +232,14 @@ pub fn decide(failure: Failure, point: Point, kind: Kind, budget: &Budget) -> Ve
             _ => Verdict::GiveUp,
         },
         (false, _) => Verdict::Wait { at_most_ms: pause_ms(budget).min(left_ms), pays },
+    }
+}
+
+/// Whether a request may have a second copy while the first is still out: only what has no state and one answer.
+pub fn may_hedge(kind: Kind) -> bool {
+    match kind {
+        Kind::Unary => true,
+        Kind::Sequence | Kind::Decoupled => false,
     }
 }
 

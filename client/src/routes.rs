@@ -13,7 +13,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -32,7 +32,10 @@ pub use self::{
     feed::{RouteSender, Routes, channel},
     replica::{InFlight, Replica},
 };
-use crate::{ejection, latency::Recent};
+use crate::{
+    ejection,
+    latency::{self, Recent},
+};
 
 /// One version of a model and who serves it.
 #[derive(Debug)]
@@ -57,6 +60,8 @@ pub struct ModelRoute {
     usual_us: Arc<AtomicU64>,
     /// A [`Recent`]: the longest that an answer took in the last seconds, in µs. Shared likewise.
     longest_us: Arc<AtomicU64>,
+    /// The 95th percentile of unary answers in µs, as the bits of an f32; 0 for unknown. Shared likewise.
+    p95_us: Arc<AtomicU32>,
 }
 
 impl ModelRoute {
@@ -66,6 +71,20 @@ impl ModelRoute {
         let longest = Recent::from_bits(self.longest_us.load(Ordering::Relaxed)).crested(now_ms);
         let known = (!usual.is_unknown()).then(|| usual.value());
         Duration::from_millis(ejection::patience_ms(known, longest))
+    }
+
+    /// The 95th percentile of unary answers, once there was one.
+    pub(crate) fn p95(&self) -> Option<Duration> {
+        let micros = f32::from_bits(self.p95_us.load(Ordering::Relaxed));
+        (micros > 0.0).then(|| Duration::from_micros(micros as u64))
+    }
+
+    /// Takes note of how long a unary answer took.
+    pub(crate) fn note_p95(&self, took: Duration) {
+        let took_us = took.as_secs_f32() * 1e6;
+        let next = |bits| Some(latency::p95(f32::from_bits(bits), took_us).to_bits());
+        // It always has a next one.
+        let _ = self.p95_us.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
     }
 
     fn note_longest(&self, took_us: f32, now_ms: u64) {
@@ -302,6 +321,7 @@ fn model_route(
         shards: u32::try_from(wire.shards.len()).unwrap_or(u32::MAX),
         usual_us: known.map_or_else(Arc::default, |known| Arc::clone(&known.usual_us)),
         longest_us: known.map_or_else(Arc::default, |known| Arc::clone(&known.longest_us)),
+        p95_us: known.map_or_else(Arc::default, |known| Arc::clone(&known.p95_us)),
         replicas: ids.iter().filter_map(|id| workers.get(id)).cloned().collect(),
     })
 }

@@ -44,6 +44,9 @@ pub struct RouterSettings {
     pub answers_window: Duration,
     /// Bytes of such answers that are remembered.
     pub answers_bytes_max: usize,
+    /// Whether a unary request that takes longer than 19 of 20 do is sent to a second replica too, for at most one request in
+    /// twenty. The first answer wins.
+    pub hedging: bool,
 }
 
 impl Default for RouterSettings {
@@ -68,6 +71,7 @@ impl Default for RouterSettings {
             stream_requests_max: 128,
             answers_window: Duration::from_secs(60),
             answers_bytes_max: 64 << 20,
+            hedging: false,
         }
     }
 }

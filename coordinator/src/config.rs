@@ -49,6 +49,12 @@ pub const PROGRAM: Program = Program {
             "The failure zone that this coordinator is in: requests that come here go to workers of the same zone where they can",
         ),
         Setting::new(
+            "hedging",
+            Some("false"),
+            "BOOL",
+            "Send a unary request that takes longer than 19 of 20 do to a second worker too; at most one request in twenty",
+        ),
+        Setting::new(
             "tick-ms",
             Some("50"),
             "MS",
@@ -97,6 +103,8 @@ pub struct Config {
     pub advertise_host: String,
     /// The failure zone; empty for none.
     pub zone: String,
+    /// Whether requests that take long are sent to a second worker too.
+    pub hedging: bool,
     /// One tick of consensus.
     pub tick: Duration,
     /// Log entries between two snapshots.
@@ -179,6 +187,7 @@ impl Config {
             peer: settings.required("peer"),
             advertise_host: settings.optional("advertise-host").unwrap_or_default(),
             zone: settings.optional("zone").unwrap_or_default(),
+            hedging: settings.required("hedging"),
             tick: Duration::from_millis(settings.required("tick-ms")),
             snapshot_entries: settings.required("snapshot-entries"),
             disk_kept_bytes: settings.required::<u64>("disk-kept-mib").saturating_mul(1 << 20),
@@ -212,7 +221,7 @@ impl Config {
 
     /// The settings of the router behind the public port.
     pub fn router(&self) -> RouterSettings {
-        RouterSettings { zone: self.zone.clone(), ..RouterSettings::default() }
+        RouterSettings { zone: self.zone.clone(), hedging: self.hedging, ..RouterSettings::default() }
     }
 
     /// How others reach a port of this coordinator.
@@ -251,8 +260,8 @@ mod tests {
         let config = read(&args).unwrap();
         assert_eq!((config.id, config.peers.len()), (PeerId(2), 2));
         assert_eq!(config.router(), RouterSettings::default());
-        let zoned = read(&[&args[..], &["--zone", "rack-1"]].concat()).unwrap();
-        assert_eq!(zoned.router().zone, "rack-1");
+        let zoned = read(&[&args[..], &["--zone", "rack-1", "--hedging", "true"]].concat()).unwrap();
+        assert_eq!((zoned.router().zone.as_str(), zoned.router().hedging), ("rack-1", true));
         assert_eq!(config.advertised(&"127.0.0.1:9".parse().unwrap()), "127.0.0.1:9");
     }
 

@@ -69,6 +69,10 @@ pub static LEFT_ALONE: LazyLock<IntGauge> =
 pub static EJECTIONS: LazyLock<IntCounterVec> =
     LazyLock::new(|| counter("cresset_worker_ejections_total", "how often the router took a worker out", "cause"));
 
+/// Second copies of requests that took long, and those that answered first.
+pub static HEDGES: LazyLock<IntCounterVec> =
+    LazyLock::new(|| counter("cresset_hedges_total", "second copies of requests that took long: sent, and won", "event"));
+
 /// Shows what a router has counted.
 pub fn show_router(router: &Router) {
     let left_alone = router.routes().workers().filter(|worker| worker.out().is_some()).count();
@@ -76,6 +80,10 @@ pub fn show_router(router: &Router) {
     for cause in [Ejected::Silence, Ejected::Slow, Ejected::Failures, Ejected::Canary] {
         let shown = EJECTIONS.with_label_values(&[cause.as_str()]);
         shown.inc_by(router.counts().ejections(cause).saturating_sub(shown.get()));
+    }
+    for (event, count) in [("sent", router.counts().hedges()), ("won", router.counts().hedges_won())] {
+        let shown = HEDGES.with_label_values(&[event]);
+        shown.inc_by(count.saturating_sub(shown.get()));
     }
 }
 
@@ -101,6 +109,7 @@ mod tests {
         sequences(SequenceFigures { live: 2, journals_bytes: 3, checkpoints_bytes: 4, taken_up: 5 });
         sequences(SequenceFigures { live: 1, journals_bytes: 2, checkpoints_bytes: 6, taken_up: 7 });
         LEFT_ALONE.set(0);
+        HEDGES.with_label_values(&["won"]).inc();
         EJECTIONS.with_label_values(&[Ejected::Silence.as_str()]).inc();
         let text = cresset_runtime::metrics::render();
         for name in [
@@ -113,6 +122,7 @@ mod tests {
             "cresset_router_checkpoints_bytes_total 6",
             "cresset_router_sequences_taken_up_total 7",
             "cresset_workers_left_alone",
+            "cresset_hedges_total{event=\"won\"}",
             "cresset_worker_ejections_total{cause=\"silence\"}",
         ] {
             assert!(text.contains(name), "{name} is missing in\n{text}");

@@ -10,11 +10,31 @@ pub struct Counts {
     slow: AtomicU64,
     failures: AtomicU64,
     canary: AtomicU64,
+    hedges: AtomicU64,
+    hedges_won: AtomicU64,
 }
 
 impl Counts {
     pub(super) fn ejected(&self, cause: Cause) {
         self.of(cause).fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn hedged(&self) {
+        self.hedges.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn hedge_won(&self) {
+        self.hedges_won.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Second copies of requests that took long.
+    pub fn hedges(&self) -> u64 {
+        self.hedges.load(Ordering::Relaxed)
+    }
+
+    /// Those that answered first.
+    pub fn hedges_won(&self) -> u64 {
+        self.hedges_won.load(Ordering::Relaxed)
     }
 
     /// How often a replica was taken out for this cause.

@@ -91,6 +91,17 @@ impl Failover {
         route.replicas.get(index).cloned()
     }
 
+    /// The best replica for a second copy of a request that is at `replica`: none is better than one that isn't well.
+    pub(super) fn pick_beside(&self, router: &Inner, route: &ModelRoute, replica: &Arc<Replica>) -> Option<Arc<Replica>> {
+        let now_ms = router.now_ms();
+        let look = |index: usize| {
+            let candidate = self.candidate(router, &route.replicas[index], now_ms);
+            let is_no_use = candidate.failing || Arc::ptr_eq(&route.replicas[index], replica);
+            Candidate { tried: candidate.tried || is_no_use, ..candidate }
+        };
+        route.replicas.get(balance::choose(route.replicas.len(), look, rand::random())?).cloned()
+    }
+
     /// The replica that hasn't been tried where a sequence belongs.
     pub(super) fn place(&self, router: &Inner, route: &ModelRoute, key: u64) -> Option<Arc<Replica>> {
         let now_ms = router.now_ms();

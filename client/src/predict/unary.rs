@@ -13,6 +13,7 @@ use super::{
     answered::Key,
     call::{deadline_exceeded, no_replica, outcome},
     failover::Failover,
+    hedge::{Attempt, hedged},
     lookup, version_of,
     vigil::attended,
 };
@@ -60,13 +61,15 @@ async fn run(
         let pause = match failover.pick(router, route) {
             Some(replica) => {
                 let span = tracing::debug_span!("attempt", %model, worker = %replica.worker_id, epoch = table.epoch());
-                let mut request = request.clone();
-                route.address(&version, &mut request);
-                let began = Instant::now();
-                let attempt = once(router, &replica, route, &failover, request, options, deadline);
-                let status = match attempt.instrument(span).await {
+                let send = |replica: Arc<Replica>| {
+                    let mut request = request.clone();
+                    route.address(&version, &mut request);
+                    once(router, replica, route, &failover, request, options, deadline)
+                };
+                let Attempt { replica, took, result } = hedged(router, &failover, route, replica, send).instrument(span).await;
+                let status = match result {
                     Ok(response) => {
-                        replica.note_answer(route, began.elapsed(), router.now_us());
+                        replica.note_answer(route, took, router.now_us());
                         return Ok(response);
                     }
                     Err(status) => status,
@@ -106,7 +109,7 @@ async fn run(
 /// One attempt at one replica. Dropping it resets the call there.
 async fn once(
     router: &Arc<Inner>,
-    replica: &Arc<Replica>,
+    replica: Arc<Replica>,
     route: &ModelRoute,
     failover: &Failover,
     request: ModelInferRequest,
@@ -114,14 +117,14 @@ async fn once(
     deadline: Instant,
 ) -> Result<ModelInferResponse, Status> {
     let _in_flight = replica.enter();
-    let connection = router.workers.connection(replica)?;
+    let connection = router.workers.connection(&replica)?;
     let bytes_max = router.workers.message_bytes_max();
     let mut client = GrpcInferenceServiceClient::new(connection.channel.clone())
         .max_decoding_message_size(bytes_max)
         .max_encoding_message_size(bytes_max);
     let call =
-        async { client.model_infer(options.wrap(request, replica, Some(deadline))).await.map(tonic::Response::into_inner) };
-    let answer = attended(router, replica, route, failover, deadline, call).await;
+        async { client.model_infer(options.wrap(request, &replica, Some(deadline))).await.map(tonic::Response::into_inner) };
+    let answer = attended(router, &replica, route, failover, deadline, call).await;
     if let Err(status) = &answer {
         router.workers.failed(&connection, status);
     }

@@ -61,6 +61,29 @@ impl Allowance {
     }
 }
 
+/// What a request pays in for second copies, in thousandths of one: one in twenty may have one.
+const HEDGE_PAID_IN_MILLIS: u32 = 50;
+/// Second copies that can be saved up, in thousandths.
+const HEDGE_SAVED_MILLIS_MAX: u32 = 10_000;
+
+/// What is saved up for second copies of requests that take long, in thousandths of a copy. Nothing to begin with, and nothing
+/// comes with time, so that there are never more than one in twenty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HedgeAllowance(pub u32);
+
+impl HedgeAllowance {
+    /// After one more request.
+    #[must_use]
+    pub fn paid_in(self) -> Self {
+        Self((self.0 + HEDGE_PAID_IN_MILLIS).min(HEDGE_SAVED_MILLIS_MAX))
+    }
+
+    /// After one more second copy; `None` if there is nothing left for it.
+    pub fn taken_out(self) -> Option<Self> {
+        self.0.checked_sub(1_000).map(Self)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -93,6 +116,20 @@ mod tests {
     #[test]
     fn few_requests_are_all_repeated_for_ever() {
         assert_eq!(repeated(20_000, 50), 20_000);
+    }
+
+    #[test]
+    fn one_in_twenty_has_a_second_copy() {
+        let mut saved = HedgeAllowance::default();
+        let mut copies = 0;
+        for requests in 1..=10_000_u32 {
+            saved = saved.paid_in();
+            if let Some(rest) = saved.taken_out() {
+                (saved, copies) = (rest, copies + 1);
+            }
+            assert!(copies * 20 <= requests);
+        }
+        assert_eq!(copies, 500);
     }
 
     proptest! {

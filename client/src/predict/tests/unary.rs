@@ -258,3 +258,64 @@ async fn an_outage_is_not_made_worse_by_requests_that_are_run_again() {
     // A hundred that run at a time may each have seen the last one.
     assert!((saved..=saved + came + 100).contains(&again), "{again} were run again");
 }
+
+/// A world in which requests may have a second copy, and so many requests were answered.
+async fn hedging(workers: &[&Fake], answers: usize) -> World {
+    let world = World::with(workers, IDLE_US, RouterSettings { hedging: true, ..RouterSettings::default() });
+    for _ in 0..answers {
+        answered(&world.router).await;
+    }
+    world
+}
+
+#[tokio::test]
+async fn a_request_that_takes_long_has_a_second_copy_and_the_first_one_is_cancelled() {
+    let workers = [Fake::start("w1").await, Fake::start("w2").await];
+    let world = hedging(&[&workers[0], &workers[1]], 200).await;
+    let before = world.router.counts().hedges();
+    workers[0].rescript(|_| Do::Hang);
+    let infers = workers[0].infers();
+    while workers[0].infers() == infers {
+        assert_eq!(answered(&world.router).await.id, "7");
+    }
+    workers[0].cancellation().await;
+    let counts = world.router.counts();
+    assert!(counts.hedges() > before && counts.hedges_won() > 0, "{counts:?}");
+    assert!(world.router.routes().workers().all(|replica| replica.in_flight() == 0));
+}
+
+#[tokio::test]
+async fn no_more_than_one_request_in_twenty_has_a_second_copy() {
+    let workers = [Fake::start("w1").await, Fake::start("w2").await];
+    let world = hedging(&[&workers[0], &workers[1]], 400).await;
+    let copies = world.router.counts().hedges();
+    assert!(copies <= 20, "{copies}");
+    assert_eq!(workers[0].infers() + workers[1].infers(), 400 + usize::try_from(copies).unwrap());
+
+    let calm = World::new(&[&workers[0], &workers[1]]);
+    for _ in 0..100 {
+        answered(&calm.router).await;
+    }
+    assert_eq!(calm.router.counts().hedges(), 0, "off by default");
+}
+
+#[tokio::test]
+async fn a_second_copy_that_fails_is_not_told_to_the_caller() {
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    let workers = [Fake::start("w1").await, Fake::start("w2").await];
+    let world = hedging(&[&workers[0], &workers[1]], 200).await;
+    // Whoever is asked first lets it wait, and whoever is asked second refuses.
+    let asked = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    for worker in &workers {
+        let (gate, asked) = (Arc::clone(&gate), Arc::clone(&asked));
+        worker.rescript(move |_| match asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst) {
+            0 => Do::WaitFor(Arc::clone(&gate)),
+            _ => {
+                gate.add_permits(1);
+                Do::Refuse(Reason::InvalidArgument)
+            }
+        });
+    }
+    assert_eq!(answered(&world.router).await.id, "7");
+    assert_eq!(asked.load(std::sync::atomic::Ordering::SeqCst), 2);
+}
