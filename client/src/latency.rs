@@ -86,7 +86,7 @@ fn wrapped(word: u64) -> u32 {
 }
 
 /// How far one sample moves the 95th percentile, as a part of it.
-const P95_STEP: f32 = 0.01;
+const P95_STEP: f32 = 0.0025;
 
 /// The 95th percentile after one more sample; 0 for unknown. It settles where one sample in twenty is above.
 pub fn p95(known: f32, sample: f32) -> f32 {
