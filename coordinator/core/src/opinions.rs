@@ -3,7 +3,7 @@
 //! A router that leaves a worker alone says so now and then, beside those that do answer it. The leader takes the word of more
 //! than half of the routers that said anything of a worker lately: one whose own way to a worker is cut must not take it from all
 //! the others. Such a worker is *doubted*. If it doesn't even say that it lives, `liveness` asks it sooner; if it does, and the doubt
-//! lasts, `placement` gives it nothing new and puts its replicas elsewhere. Nothing of this is agreed on: it ends with the doubt.
+//! lasts, `placement` gives it nothing new. Nothing of this is agreed on: it ends with the doubt.
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{WorkerId, state::Incarnation};
@@ -18,7 +18,7 @@ pub const WORKERS_MAX: usize = 10_000;
 pub struct Policy {
     /// A router's word counts for so long.
     pub kept_ms: u64,
-    /// A doubt that lasts so long moves replicas.
+    /// With a doubt that lasts so long, a worker gets nothing new.
     pub avoid_after_ms: u64,
 }
 
@@ -99,7 +99,7 @@ impl Opinions {
         self.doubts.keys().map(|(worker, incarnation)| (worker, *incarnation))
     }
 
-    /// The lives that have been doubted for so long that their replicas belong elsewhere.
+    /// The lives that have been doubted for so long that they get nothing new.
     pub fn avoided(&self, now_ms: u64) -> BTreeSet<(WorkerId, Incarnation)> {
         let lasting = |since_ms: u64| now_ms.saturating_sub(since_ms) >= self.policy.avoid_after_ms;
         self.doubts.iter().filter(|(_, since_ms)| lasting(**since_ms)).map(|(life, _)| life.clone()).collect()
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_doubt_must_last_without_a_break_to_move_replicas_and_is_about_one_life() {
+    fn a_doubt_must_last_without_a_break_to_count_for_placement_and_is_about_one_life() {
         let mut said = Opinions::new(Policy::default());
         let (out, back) = (opinions(&[("w1", 7, true)]), opinions(&[("w1", 7, false)]));
         for now_ms in (0..=9_000).step_by(500) {

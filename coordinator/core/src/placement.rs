@@ -8,7 +8,7 @@
 //! 3. A failed replica keeps its place. Another worker would most likely fail in the same way, so a model that can't
 //!    load would wander through the whole cluster. Deploying again tries again.
 //! 4. Every shard gets its first replica before any gets its second.
-//! 5. A worker that routers leave alone (see `opinions`) gets nothing new, and keeps what it has until all of it answers elsewhere.
+//! 5. A worker that routers leave alone (see `opinions`) gets nothing new, and keeps what it has.
 //! 6. Among the workers left: a zone that lacks the shard, then the fewest replicas, then the most free memory.
 //!
 //! Not done yet: moving replicas onto workers that joined later, and packing by size.
@@ -107,7 +107,7 @@ pub fn plan(state: &ClusterState, policy: &Policy, memory_free_bytes: &BTreeMap<
     plan_avoiding(state, policy, memory_free_bytes, &BTreeSet::new())
 }
 
-/// [`plan`], where some workers get nothing new, and what they have goes once it has begun elsewhere.
+/// [`plan`], where some workers get nothing new. What they have stays: the state takes no more replicas than are wanted.
 pub fn plan_avoiding(
     state: &ClusterState,
     policy: &Policy,
@@ -124,7 +124,7 @@ pub fn plan_avoiding(
     let mut short = BTreeSet::new();
     for (key, deployment) in &state.models {
         for shard in 0..deployment.shards {
-            let found = planner.survey(key, shard);
+            let found = Shard::survey(state, key, shard);
             planner.remove_surplus(key, deployment, shard, &found);
             if found.staying.len() < deployment.replicas_wanted as usize {
                 short.insert((found.staying.len(), key, shard));
@@ -134,7 +134,7 @@ pub fn plan_avoiding(
     planner.fill(short);
     for (key, deployment) in &state.models {
         for shard in 0..deployment.shards {
-            planner.release_leaving(key, deployment, shard);
+            planner.release_leaving(key, shard);
         }
     }
     planner.plan
@@ -229,16 +229,6 @@ struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    /// Where a shard's replicas are; those on workers that are avoided count as leaving.
-    fn survey(&self, key: &ModelKey, shard: u32) -> Shard<'a> {
-        let mut found = Shard::survey(self.state, key, shard);
-        let avoided = |worker: &WorkerId| self.avoided.contains(worker);
-        found.leaving.extend(found.staying.iter().map(|(worker, _)| *worker).filter(|worker| avoided(worker)));
-        found.staying.retain(|(worker, _)| !avoided(worker));
-        found.answering.retain(|worker| !avoided(worker));
-        found
-    }
-
     fn zone_count<'b>(&self, zone: &str, workers: impl Iterator<Item = &'b WorkerId>) -> usize {
         workers.filter(|worker| self.loads.get(worker).is_some_and(|load| load.zone == zone)).count()
     }
@@ -301,7 +291,7 @@ impl<'a> Planner<'a> {
     }
 
     fn best_worker(&self, key: &ModelKey, deployment: &Deployment, shard: u32) -> Option<&'a WorkerId> {
-        let found = self.survey(key, shard);
+        let found = Shard::survey(self.state, key, shard);
         let planned = self.plan.add.iter().filter(|id| id.is_of(key) && id.shard == shard).map(|id| &id.worker);
         let hosts: Vec<&WorkerId> = found.staying.iter().map(|(worker, _)| *worker).chain(planned).collect();
         let need_bytes = need_bytes(deployment, self.policy);
@@ -329,16 +319,11 @@ impl<'a> Planner<'a> {
     }
 
     /// Ends replicas on workers that leave: at once if they don't answer, else when the others are settled.
-    fn release_leaving(&mut self, key: &ModelKey, deployment: &Deployment, shard: u32) {
-        let found = self.survey(key, shard);
+    fn release_leaving(&mut self, key: &ModelKey, shard: u32) {
+        let found = Shard::survey(self.state, key, shard);
         let coming = self.plan.add.iter().any(|id| id.is_of(key) && id.shard == shard);
         let relieved = !coming && found.settled() && !found.answering.is_empty();
-        // A doubt may pass: nothing is given up for it that isn't there in full elsewhere.
-        let replaced = relieved && found.answering.len() >= deployment.replicas_wanted as usize;
         for worker in found.leaving {
-            if self.avoided.contains(worker) && !replaced {
-                continue;
-            }
             let id = replica_id(key, shard, worker);
             let answers = self.state.replicas.get(&id).is_some_and(|replica| replica.answering().is_some());
             if relieved || !answers {

@@ -135,7 +135,7 @@ impl Fleet {
         opinions.doubted().map(|(worker, incarnation)| (worker.clone(), incarnation)).collect()
     }
 
-    /// Those whose replicas belong elsewhere for it.
+    /// Those that get nothing new for it.
     pub(super) fn avoided(&self) -> BTreeSet<(WorkerId, Incarnation)> {
         self.0.opinions.read().avoided(self.0.clock.now_ms())
     }

@@ -166,7 +166,7 @@ struct Term<'a, C> {
     placing: bool,
     /// No plan before this: the last one failed.
     place_after: Instant,
-    /// Lives whose replicas belong elsewhere, as of the last plan.
+    /// Lives that get nothing new, as of the last plan.
     avoided: BTreeSet<(WorkerId, Incarnation)>,
 }
 

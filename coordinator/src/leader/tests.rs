@@ -14,10 +14,7 @@ use futures::StreamExt;
 use tokio::time::Instant;
 use tonic::Code;
 
-use super::{
-    Cluster,
-    testkit::{Coordinator, hosts, worker_id},
-};
+use super::testkit::{Coordinator, hosts, worker_id};
 
 /// How long it took, on the tests' own clock: it advances only while nothing else can be done.
 fn since_ms(start: Instant) -> u128 {
@@ -76,27 +73,6 @@ async fn a_silent_worker_that_routers_leave_alone_is_judged_sooner() {
     coordinator.cluster.until(|state| state.workers[&worker_id("w1")].state == WorkerState::Dead).await;
     assert!((1_250..=1_800).contains(&since_ms(silent)), "{} ms", since_ms(silent));
     assert_eq!(coordinator.probes.load(Ordering::Relaxed), 1, "it was asked first");
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_worker_that_lives_and_that_routers_leave_alone_for_long_is_replaced() {
-    let coordinator = Coordinator::start();
-    let _w1 = coordinator.run_worker("w1", 1).await;
-    coordinator.cluster.deploy("m", 1);
-    coordinator.cluster.until(|state| hosts(state, "m") == ["w1"]).await;
-    let _w2 = coordinator.run_worker("w2", 1).await;
-    let begun = Instant::now();
-    while hosts_now(&coordinator) != ["w2"] {
-        assert!(since_ms(begun) < 11_500, "{:?}", hosts_now(&coordinator));
-        left_alone(&coordinator, "w1");
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
-    assert!(since_ms(begun) >= 10_000, "{} ms", since_ms(begun));
-    assert!(coordinator.cluster.read(|state| state.workers[&worker_id("w1")].state == WorkerState::Ready));
-}
-
-fn hosts_now(coordinator: &Coordinator) -> Vec<String> {
-    coordinator.cluster.hosts("m")
 }
 
 #[tokio::test(start_paused = true)]
