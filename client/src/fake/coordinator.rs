@@ -49,7 +49,7 @@ impl FakeCoordinator {
             reported: watch::Sender::new(Vec::new()),
         };
         let alive = fake.alive.clone();
-        tokio::spawn(alive.clone().run_until_cancelled_owned(relay_all(relay, behind)));
+        tokio::spawn(alive.clone().run_until_cancelled_owned(relay_all(relay, behind, watch::Sender::new(false).subscribe())));
         let service = tonic::transport::Server::builder()
             .add_service(RoutesServiceServer::new(fake.clone()))
             .add_service(AdminServiceServer::new(fake.clone()));

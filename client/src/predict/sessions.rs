@@ -267,7 +267,7 @@ async fn open_again(
     deadline: Instant,
 ) -> Result<Handle, Status> {
     let mut held = resumable::take(router, key, mark, deadline).await?;
-    let table = router.routes.borrow().clone();
+    let table = router.routes.table();
     let Some(route) = table.model(&key.model, Version::Exactly(held.version)) else {
         let text = format!("version {} of model '{}' isn't served any more", held.version, key.model);
         return Err(Reason::SequenceLost.status(text));
