@@ -118,19 +118,21 @@ impl World {
             What::Write { command, .. } => Request::Propose { operation, command: command.clone() },
             What::Read => Request::Read { operation, key: under_way.key.clone() },
         };
+        // The next attempt, whatever becomes of this one, is made elsewhere: at each in turn, since some that exist belong to nobody.
+        let existing = self.existing();
+        let next = existing.iter().find(|id| **id > to).or(existing.first()).copied().unwrap_or(1);
+        if let Some(client) = self.clients.get_mut(&address) {
+            client.target = next;
+        }
         self.request(address, to, request);
         self.try_in(address, SECOND);
     }
 
     /// Has the client look again after a while, unless something happens before.
     fn try_in(&mut self, address: Address, pause: Us) {
-        let existing = self.existing();
         let Some(client) = self.clients.get_mut(&address) else { return };
         client.attempt += 1;
         let attempt = client.attempt;
-        // An attempt that ran into its time is made elsewhere.
-        let next = existing.iter().find(|id| **id > client.target).or(existing.first());
-        client.target = next.copied().unwrap_or(1);
         self.after(pause, Event::Client { address, attempt });
     }
 
