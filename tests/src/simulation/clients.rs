@@ -38,6 +38,10 @@ pub(super) struct Client {
     number: u64,
     attempt: u64,
     target: u64,
+    /// Whose turn it is after those that hints lead to.
+    turn: u64,
+    /// The target is hinted at.
+    is_hinted: bool,
     under_way: Option<UnderWay>,
     pub(super) answered_at: Us,
 }
@@ -105,7 +109,7 @@ impl World {
         let now = self.now;
         if let Some(client) = self.clients.get_mut(&address) {
             client.number += 1;
-            client.target = target;
+            (client.target, client.is_hinted) = (target, false);
             client.under_way = Some(UnderWay { key, invoked: now, what });
         }
     }
@@ -120,9 +124,12 @@ impl World {
         };
         // The next attempt, whatever becomes of this one, is made elsewhere: at each in turn, since some that exist belong to nobody.
         let existing = self.existing();
-        let next = existing.iter().find(|id| **id > to).or(existing.first()).copied().unwrap_or(1);
         if let Some(client) = self.clients.get_mut(&address) {
-            client.target = next;
+            // Who is hinted at comes out of turn.
+            if !std::mem::take(&mut client.is_hinted) {
+                client.turn = existing.iter().find(|id| **id > to).or(existing.first()).copied().unwrap_or(1);
+            }
+            client.target = client.turn;
         }
         self.request(address, to, request);
         self.try_in(address, SECOND);
@@ -146,7 +153,7 @@ impl World {
             let pause = self.between(20 * MS, 80 * MS);
             self.try_in(address, pause);
             if let (Some(hint), Some(client)) = (hint, self.clients.get_mut(&address)) {
-                client.target = hint;
+                (client.target, client.is_hinted) = (hint, true);
             }
             return;
         }
