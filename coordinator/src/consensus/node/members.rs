@@ -225,7 +225,10 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
                 return Err(Refusal::Silent { peer, leader: self.raw.raft.id });
             }
             let (behind, seen) = (self.behind(peer), self.raw.raft.prs().get(peer));
-            if behind > BEHIND_MAX || seen.is_none_or(|seen| seen.state != ProgressState::Replicate) {
+            // One that lacks nothing is no further on when it is streamed to, and it may not be for as long as there is nothing to
+            // send: the library begins that with the first entry after a snapshot.
+            let is_streamed_to = seen.is_some_and(|seen| seen.state == ProgressState::Replicate);
+            if behind > BEHIND_MAX || (behind > 0 && !is_streamed_to) {
                 return Err(Refusal::Behind { peer, behind });
             }
         }

@@ -95,6 +95,8 @@ struct Cluster<M: StateMachine> {
     cut: BTreeSet<u64>,
     lose_snapshots: usize,
     snapshots_seen: usize,
+    /// The report that a snapshot has arrived comes after the receiver's own word.
+    reports_late: bool,
     applied: BTreeMap<u64, Vec<(u64, M::Outcome)>>,
     readable: Vec<(u64, u64)>,
     trace: DefaultHasher,
@@ -111,6 +113,7 @@ impl<M: StateMachine> Cluster<M> {
             cut: BTreeSet::new(),
             lose_snapshots: 0,
             snapshots_seen: 0,
+            reports_late: false,
             applied: BTreeMap::new(),
             readable: Vec::new(),
             trace: DefaultHasher::new(),
@@ -144,6 +147,7 @@ impl<M: StateMachine> Cluster<M> {
     }
 
     fn deliver(&mut self) {
+        let mut late = Vec::new();
         while let Some((from, envelope)) = self.wire.pop_front() {
             let Envelope { to, message, snapshot } = envelope;
             (from, to, &message).hash(&mut self.trace);
@@ -158,9 +162,16 @@ impl<M: StateMachine> Cluster<M> {
             }
             let Some(sender) = self.nodes.get_mut(&from) else { continue };
             match (is_snapshot, through) {
+                (true, true) if self.reports_late => late.push((from, to)),
                 (true, arrived) => sender.report_snapshot(to, arrived),
                 (false, false) => sender.report_unreachable(to),
                 (false, true) => {}
+            }
+            self.ready(from);
+        }
+        for (from, to) in late {
+            if let Some(sender) = self.nodes.get_mut(&from) {
+                sender.report_snapshot(to, true);
             }
             self.ready(from);
         }

@@ -288,6 +288,21 @@ fn a_learner_that_is_silent_or_behind_is_not_promoted() {
 }
 
 #[test]
+fn a_learner_that_lacks_nothing_is_promoted_though_nothing_was_sent_to_it_since_its_snapshot() {
+    let mut cluster = states();
+    let leader = cluster.elected();
+    cluster.reports_late = true;
+    cluster.change(100, &add(4));
+    cluster.join(4);
+    cluster.until("it has caught up", |c| {
+        let seen = c.nodes[&leader].members_seen();
+        seen.iter().any(|seen| seen.id == 4 && seen.answers && seen.behind == 0)
+    });
+    cluster.change(101, &promote(4));
+    cluster.settled(&[1, 2, 3, 4], &[]);
+}
+
+#[test]
 fn a_change_that_would_leave_no_majority_is_refused_with_the_way_out() {
     let mut cluster = states();
     let leader = cluster.elected();
