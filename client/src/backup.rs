@@ -17,6 +17,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::repository::archive::{hex, is_digest};
+
 /// The format that this version writes, and the latest that it reads.
 pub const FORMAT: u32 = 1;
 /// Where a coordinator that is started with an empty folder looks for a backup to begin from.
@@ -153,7 +155,7 @@ impl<W: Write> Writer<W> {
     /// # Errors
     /// Those of `out`.
     pub fn finish(mut self) -> io::Result<W> {
-        let checksum = hex(&self.archive.get_ref().hash.clone().finalize());
+        let checksum = hex(self.archive.get_ref().hash.clone());
         self.entry(CHECKSUM, checksum.len() as u64, checksum.as_bytes())?;
         let mut out = self.archive.into_inner()?.out;
         out.flush()?;
@@ -306,7 +308,7 @@ fn read(path: &Path) -> Result<Backup, Fault> {
     file.seek(SeekFrom::Start(0))?;
     let mut hash = Sha256::new();
     io::copy(&mut file.take(end), &mut hash)?;
-    let sha256 = hex(&hash.finalize());
+    let sha256 = hex(hash);
     if sha256.as_bytes() != checksum {
         return Err(Fault::Damaged("its checksum is another".to_owned()));
     }
@@ -335,12 +337,7 @@ fn name_of(entry: &tar::Entry<'_, impl Read>) -> String {
 /// The digest in an entry's name, if it can be one; it becomes a file's name.
 fn files_digest(name: &str) -> Option<String> {
     let digest = name.strip_prefix(FILES)?.strip_prefix('/')?;
-    let is_digest = digest.len() == 64 && digest.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
-    is_digest.then(|| digest.to_owned())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    is_digest(digest).then(|| digest.to_owned())
 }
 
 #[cfg(test)]

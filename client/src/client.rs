@@ -1,12 +1,12 @@
 //! The Rust client: coordinators to learn routes from, and a router of its own that talks to workers directly.
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use cresset_proto::{
-    fleet::v1::{ReportRequest, routes_service_client::RoutesServiceClient},
+    fleet::v1::routes_service_client::RoutesServiceClient,
     inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse},
     parameters::{bool_parameter, int64_parameter, keys},
 };
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::Status;
 
@@ -20,8 +20,6 @@ use crate::{
 /// How long [`CressetClient::connect`] waits for the first routes.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Between two reports of workers that are left alone.
-const REPORT_INTERVAL: Duration = Duration::from_millis(500);
 /// How long a report may take; the next one says more.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -121,24 +119,16 @@ impl CressetClient {
     }
 }
 
-/// Tells the leader which workers are left alone here, for as long as there are any.
+/// Tells the leader which workers are left alone here.
 async fn report(router: Router, coordinators: Coordinators) {
-    let name = format!("client-{:016x}", rand::random::<u64>());
-    let mut has_said_any = false;
-    loop {
-        tokio::time::sleep(REPORT_INTERVAL).await;
-        let opinions = router.opinions();
-        // Once more at the end: it takes its word back.
-        if opinions.is_some() || has_said_any {
-            has_said_any = opinions.is_some();
-            let report = ReportRequest { router: name.clone(), opinions: opinions.unwrap_or_default() };
-            let call = |channel| {
-                let (mut client, report) = (RoutesServiceClient::new(channel), report.clone());
-                async move { client.report(report).await }
-            };
-            if let Err(error) = coordinators.call(REPORT_TIMEOUT, call).await {
-                tracing::debug!(%error, "no coordinator took a report");
-            }
+    let mut reports = pin!(router.reports(format!("client-{:016x}", rand::random::<u64>())));
+    while let Some(report) = reports.next().await {
+        let call = |channel| {
+            let (mut client, report) = (RoutesServiceClient::new(channel), report.clone());
+            async move { client.report(report).await }
+        };
+        if let Err(error) = coordinators.call(REPORT_TIMEOUT, call).await {
+            tracing::debug!(%error, "no coordinator took a report");
         }
     }
 }

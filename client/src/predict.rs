@@ -18,16 +18,16 @@ mod stream;
 mod unary;
 mod vigil;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use cresset_proto::{
     answers::without_shared_memory,
-    fleet::v1::Opinion,
+    fleet::v1::{Opinion, ReportRequest},
     inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse},
     parameters::Parameters,
     reason::Reason,
 };
-use futures::Stream;
+use futures::{Stream, stream::unfold};
 use tokio::{
     sync::{oneshot, watch},
     time::Instant,
@@ -52,6 +52,8 @@ use crate::{
     workers::Workers,
 };
 
+/// Between two reports of workers that are left alone.
+const REPORT_INTERVAL: Duration = Duration::from_millis(500);
 /// A worker that answered within this time is one that answers.
 const ANSWERED_LATELY_US: u64 = 2_000_000;
 
@@ -172,6 +174,23 @@ impl Router {
             is_any.then(|| Opinion { worker_id: worker.worker_id.clone(), incarnation: worker.incarnation, left_alone })
         };
         Some(table.workers().filter_map(opinion).collect())
+    }
+
+    /// What is to be told to the leader under this name, as it comes: which workers are left alone here, for as long as there are
+    /// any. It never ends.
+    pub fn reports(&self, name: String) -> impl Stream<Item = ReportRequest> + Send + use<> {
+        unfold((self.clone(), name, false), |(router, name, mut has_said_any)| async move {
+            loop {
+                tokio::time::sleep(REPORT_INTERVAL).await;
+                let opinions = router.opinions();
+                // Once more at the end: it takes its word back.
+                if opinions.is_some() || has_said_any {
+                    has_said_any = opinions.is_some();
+                    let report = ReportRequest { router: name.clone(), opinions: opinions.unwrap_or_default() };
+                    return Some((report, (router, name, has_said_any)));
+                }
+            }
+        })
     }
 
     /// How many sequences are open, as it changes.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use cresset_proto::{
     inference::{ModelInferRequest, ModelStreamInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient},
+    metadata::RICH_STATUS,
     reason::Reason,
 };
 use futures::{Stream, StreamExt, TryFutureExt, stream, stream::BoxStream};
@@ -185,7 +186,7 @@ impl Resumed {
             GrpcInferenceServiceClient::new(channel).max_decoding_message_size(bytes_max).max_encoding_message_size(bytes_max);
         let mut call = Request::new(ReceiverStream::new(outgoing));
         // An error then says its reason.
-        call.metadata_mut().insert("cresset-rich-status", MetadataValue::from_static("true"));
+        call.metadata_mut().insert(RICH_STATUS, MetadataValue::from_static("true"));
         let answers = async move { client.model_stream_infer(call).await.map(Response::into_inner) }.try_flatten_stream().boxed();
         self.link = Some(Link { address, requests, answers });
         self.outbox.connect();

@@ -246,6 +246,11 @@ impl RouteTable {
         by_name.into_values().flat_map(BTreeMap::values)
     }
 
+    /// The versions of one model, ascending.
+    pub fn versions(&self, name: &str) -> impl Iterator<Item = &Arc<ModelRoute>> {
+        self.models.get(name).into_iter().flat_map(BTreeMap::values)
+    }
+
     /// The routes that a replica is part of.
     pub(crate) fn routes_of(&self, replica: &Arc<Replica>) -> impl Iterator<Item = &Arc<ModelRoute>> {
         let routes = self.models.values().flat_map(BTreeMap::values);

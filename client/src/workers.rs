@@ -121,18 +121,18 @@ impl Workers {
     /// UNAVAILABLE when the replica's address isn't one.
     pub fn connection(&self, replica: &Arc<Replica>) -> Result<Connection, Status> {
         let silences = replica.silences();
-        if let Some(connection) = self.connections.load().get(&replica.serial)
-            // Half a connection may be all that is wrong with a silent worker.
-            && connection.silences == silences
-        {
-            return Ok(connection.clone());
+        // Half a connection may be all that is wrong with a silent worker.
+        let known = |connections: &HashMap<u64, Connection>| {
+            connections.get(&replica.serial).filter(|connection| connection.silences == silences).cloned()
+        };
+        if let Some(connection) = known(&self.connections.load()) {
+            return Ok(connection);
         }
         let mut newest = self.newest.lock();
         let connections = self.connections.load();
-        if let Some(connection) = connections.get(&replica.serial)
-            && connection.silences == silences
-        {
-            return Ok(connection.clone());
+        // Somebody else may have made it meanwhile.
+        if let Some(connection) = known(&connections) {
+            return Ok(connection);
         }
         let channel = self.settings.channel(&replica.address).map_err(|error| {
             Status::unavailable(format!("worker {} has no usable address '{}': {error}", replica.worker_id, replica.address))

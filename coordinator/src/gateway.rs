@@ -14,7 +14,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{consensus::Consensus, metrics};
 
 /// How often metrics are told what the router knows.
-const FIGURES_EVERY: Duration = Duration::from_secs(1);
+const FIGURES_EVERY: Duration = Duration::from_millis(500);
 
 /// A router whose routes follow the state here until `closing`.
 pub fn router(consensus: &Consensus, settings: RouterSettings, tasks: &TaskTracker, closing: &CancellationToken) -> Router {
@@ -25,11 +25,12 @@ pub fn router(consensus: &Consensus, settings: RouterSettings, tasks: &TaskTrack
     router
 }
 
+/// Shows what the router does.
 async fn tell(router: Router) {
     let mut ticks = tokio::time::interval(FIGURES_EVERY);
     loop {
         ticks.tick().await;
-        metrics::sequences(router.sequence_figures());
+        metrics::show_router(&router);
     }
 }
 

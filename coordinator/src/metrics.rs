@@ -52,15 +52,6 @@ pub static CHECKPOINTS_BYTES: LazyLock<IntCounter> =
 pub static TAKEN_UP: LazyLock<IntCounter> =
     LazyLock::new(|| total("cresset_router_sequences_taken_up_total", "sequences that began at another coordinator"));
 
-/// Tells what the router says of sequences.
-pub fn sequences(figures: SequenceFigures) {
-    let gauge = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
-    SEQUENCES.set(gauge(figures.live));
-    JOURNALS_BYTES.set(gauge(figures.journals_bytes));
-    CHECKPOINTS_BYTES.inc_by(figures.checkpoints_bytes.saturating_sub(CHECKPOINTS_BYTES.get()));
-    TAKEN_UP.inc_by(figures.taken_up.saturating_sub(TAKEN_UP.get()));
-}
-
 /// Workers that this coordinator's router leaves alone now.
 pub static LEFT_ALONE: LazyLock<IntGauge> =
     LazyLock::new(|| gauge("cresset_workers_left_alone", "workers that this coordinator's router sends nothing to"));
@@ -75,16 +66,30 @@ pub static HEDGES: LazyLock<IntCounterVec> =
 
 /// Shows what a router has counted.
 pub fn show_router(router: &Router) {
-    let left_alone = router.routes().workers().filter(|worker| worker.out().is_some()).count();
-    LEFT_ALONE.set(i64::try_from(left_alone).unwrap_or(i64::MAX));
+    sequences(router.sequence_figures());
+    LEFT_ALONE.set(size(router.routes().workers().filter(|worker| worker.out().is_some()).count()));
     for cause in [Ejected::Silence, Ejected::Slow, Ejected::Failures, Ejected::Canary] {
-        let shown = EJECTIONS.with_label_values(&[cause.as_str()]);
-        shown.inc_by(router.counts().ejections(cause).saturating_sub(shown.get()));
+        raise(&EJECTIONS.with_label_values(&[cause.as_str()]), router.counts().ejections(cause));
     }
     for (event, count) in [("sent", router.counts().hedges()), ("won", router.counts().hedges_won())] {
-        let shown = HEDGES.with_label_values(&[event]);
-        shown.inc_by(count.saturating_sub(shown.get()));
+        raise(&HEDGES.with_label_values(&[event]), count);
     }
+}
+
+fn sequences(figures: SequenceFigures) {
+    SEQUENCES.set(size(figures.live));
+    JOURNALS_BYTES.set(size(figures.journals_bytes));
+    raise(&CHECKPOINTS_BYTES, figures.checkpoints_bytes);
+    raise(&TAKEN_UP, figures.taken_up);
+}
+
+fn size(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+/// Brings a counter up to what was counted elsewhere.
+fn raise(shown: &IntCounter, counted: u64) {
+    shown.inc_by(counted.saturating_sub(shown.get()));
 }
 
 /// The label of a cause.

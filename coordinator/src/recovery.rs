@@ -113,14 +113,16 @@ fn force(config: &Config) -> Result<(), RecoveryError> {
         return Err(RecoveryError::SameName(old));
     }
     let io = |action| move |source| RecoveryError::Io { action, source };
-    let aside = dir.join(format!("before-{}", unix_ms()));
-    fs::create_dir(&aside).map_err(io("make a folder for the old log"))?;
-    let log = dir.join("log");
-    // Ended between the two steps before: what was salvaged is whole, and the log is aside.
-    if log.exists() || !file.exists() {
+    let (log, aside) = (dir.join("log"), dir.join(format!("before-{}", unix_ms())));
+    // Otherwise it ended between the two moves: what was salvaged is whole, and the log is aside.
+    let is_to_salvage = log.exists() || !file.exists();
+    if is_to_salvage {
         let salvaged = consensus::salvage(dir)?.ok_or(RecoveryError::Nothing)?;
         place(&file, |out| write(&salvaged.state, &dir.join("files"), BufWriter::new(out)))
             .map_err(io("write what was salvaged"))?;
+    }
+    fs::create_dir(&aside).map_err(io("make a folder for the old log"))?;
+    if is_to_salvage {
         // The log first: an identity without a log is told apart from a damaged folder, a log without an identity isn't.
         fs::rename(log, aside.join("log")).map_err(io("move the old log aside"))?;
     }

@@ -15,7 +15,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use cresset_client::repository::archive::{Archive, ArchiveError, Check};
+use cresset_client::repository::archive::{Archive, ArchiveError, Check, is_digest};
 use cresset_proto::{
     fleet::v1::{
         GetRequest, GetResponse, PutRequest, PutResponse, files_service_client::FilesServiceClient,
@@ -104,8 +104,7 @@ struct Inner {
 }
 
 fn check_digest(digest: &str) -> Result<(), StoreError> {
-    let is_hex = digest.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
-    if digest.len() == 64 && is_hex { Ok(()) } else { Err(StoreError::Digest(digest.chars().take(80).collect())) }
+    if is_digest(digest) { Ok(()) } else { Err(StoreError::Digest(digest.chars().take(80).collect())) }
 }
 
 impl Store {

@@ -63,6 +63,8 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 pub mod metadata {
     /// Which life of a worker a router means (decimal). A worker of another life refuses the call.
     pub const INCARNATION: &str = "cresset-incarnation";
+    /// `true` from a client that wants the reason of an error, and Cresset's own codes.
+    pub const RICH_STATUS: &str = "cresset-rich-status";
     /// A [`Reason`](crate::reason::Reason) beside the gRPC status.
     pub const REASON: &str = "cresset-reason";
 

@@ -1,5 +1,5 @@
 //! What a backup brings back, and what one coordinator that is left can do.
-use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fs, path::Path, sync::Arc, time::Duration};
 
 use cresset_proto::{
     admin::v1::ModelState,
@@ -18,6 +18,8 @@ use crate::{
 
 const BACKUP: &str = "deploy/runbooks/back-up-and-restore.md";
 const QUORUM: &str = "deploy/runbooks/lost-quorum.md";
+/// Between two looks at what can't be watched.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
 
 /// A model that is in no repository: its files come with the load.
 async fn load_with_files(cluster: &Cluster) {
@@ -134,14 +136,21 @@ fn restored(count: u8, settings: &str, repository: &ModelRepository, prepare: im
 
 /// Runs a command until it succeeds and prints what is looked for.
 async fn until(block: &str, endpoints: &[String], folder: &Path, is_there: impl Fn(&str) -> bool) -> String {
+    let mut ran = None;
+    eventually(async || {
+        let last = ran.insert(shell(block, endpoints, folder));
+        if last.code == Some(0) && is_there(&last.stdout) { Ok(()) } else { Err(format!("{last:?}")) }
+    })
+    .await;
+    ran.unwrap().stdout
+}
+
+/// Looks again and again at what nobody can be told of, until it is so.
+async fn eventually(mut look: impl AsyncFnMut() -> Result<(), String>) {
     let limit = Instant::now() + PATIENCE;
-    loop {
-        let ran = shell(block, endpoints, folder);
-        if ran.code == Some(0) && is_there(&ran.stdout) {
-            return ran.stdout;
-        }
-        assert!(Instant::now() < limit, "{ran:?}");
-        sleep(std::time::Duration::from_millis(100)).await;
+    while let Err(seen) = look().await {
+        assert!(Instant::now() < limit, "{seen}");
+        sleep(ASK_AGAIN).await;
     }
 }
 
@@ -166,11 +175,8 @@ async fn coordinators_begin_from_a_backup_as_the_runbook_says() {
     let status = until(&look, &endpoints, folder.path(), |text| text.contains("production-2") && text.contains("c3")).await;
     assert!(status.contains("plus_one"), "{status}");
     for one in &new {
-        let limit = Instant::now() + PATIENCE;
-        while one.data().join("restore.cresset-backup").exists() {
-            assert!(Instant::now() < limit, "it wasn't begun from");
-            sleep(std::time::Duration::from_millis(50)).await;
-        }
+        let left = one.data().join("restore.cresset-backup");
+        eventually(async || if left.exists() { Err("it wasn't begun from".to_owned()) } else { Ok(()) }).await;
         assert!(one.data().join("restored.cresset-backup").exists());
     }
 }
@@ -186,11 +192,11 @@ async fn one_that_is_left_goes_on_alone_as_the_runbook_says() {
     // What was acknowledged is on two disks at least: c1 has it once it says so itself.
     cluster.wait_for_model("brought", ModelState::Ready, PATIENCE).await.unwrap();
     let labelled = cluster.status().await.unwrap().epoch;
-    let limit = Instant::now() + PATIENCE;
-    while cluster.own_status("c1").await.unwrap().epoch < labelled {
-        assert!(Instant::now() < limit, "c1 stays behind");
-        sleep(std::time::Duration::from_millis(20)).await;
-    }
+    eventually(async || {
+        let epoch = cluster.own_status("c1").await.unwrap().epoch;
+        if epoch < labelled { Err(format!("c1 stays behind at {epoch}")) } else { Ok(()) }
+    })
+    .await;
     let load = Load::start(&[Target::Client(Arc::new(cluster.client().await.unwrap()))], 2);
     load.more(100).await;
     cluster.kill_all(["c1", "c2", "c3"]).unwrap();
@@ -248,9 +254,9 @@ async fn one_that_is_left_goes_on_alone_as_the_runbook_says() {
     // One of the lost ones comes back after all: it is told whom it calls.
     cluster.restart_process("c2").unwrap();
     let log = cluster.data_dir().join("logs/c2.log");
-    let limit = Instant::now() + PATIENCE;
-    while !fs::read_to_string(&log).unwrap().contains("this is cluster 'production-2'") {
-        assert!(Instant::now() < limit, "{}", fs::read_to_string(&log).unwrap());
-        sleep(std::time::Duration::from_millis(50)).await;
-    }
+    eventually(async || {
+        let text = fs::read_to_string(&log).unwrap();
+        if text.contains("this is cluster 'production-2'") { Ok(()) } else { Err(text) }
+    })
+    .await;
 }

@@ -30,6 +30,8 @@ const STREAMS: usize = 2;
 const KILLS: usize = 4;
 /// Requests of each stream that are answered between two of them.
 const BETWEEN: usize = 15;
+/// What one stream has asked and not heard of: more than a client may leave unanswered.
+const ASKED_MAX: usize = 256;
 /// From one request of a stream to the next.
 const INTERVAL: Duration = Duration::from_millis(10);
 const KINDS: [Kind; 4] = [Kind::Independent, Kind::Speech, Kind::Implicit, Kind::Decoupled];
@@ -82,7 +84,7 @@ impl Speaker {
     /// Asks at a steady pace until `over`, then to the end of its sequence, and checks every answer as it comes.
     async fn speak(self, coordinators: Coordinators, over: CancellationToken, answered: watch::Sender<usize>) {
         let (requests, queued) = mpsc::channel(1);
-        let (tell, asked) = mpsc::unbounded_channel();
+        let (tell, asked) = mpsc::channel(ASKED_MAX);
         let answers = coordinators.stream(ReceiverStream::new(queued), ResumeSettings::default()).boxed();
         let asking = async {
             let mut ticks = interval(INTERVAL);
@@ -96,7 +98,7 @@ impl Speaker {
                     // Sequences one after the other under the same id, too.
                     let request =
                         self.kind.request(format!("{sequence}-{place}"), input, 1 + sequence % 3, (place == 0, is_last));
-                    tell.send(Asked { id: request.id.clone(), place, got: 0 }).unwrap();
+                    tell.send(Asked { id: request.id.clone(), place, got: 0 }).await.unwrap();
                     requests.send(request).await.unwrap();
                     if is_last && over.is_cancelled() {
                         break 'asking;
@@ -108,7 +110,7 @@ impl Speaker {
         tokio::join!(asking, self.listen(answers, asked, answered));
     }
 
-    async fn listen(&self, mut answers: Answers, mut asked: mpsc::UnboundedReceiver<Asked>, answered: watch::Sender<usize>) {
+    async fn listen(&self, mut answers: Answers, mut asked: mpsc::Receiver<Asked>, answered: watch::Sender<usize>) {
         let mut open: VecDeque<Asked> = VecDeque::new();
         while let Some(message) = timeout(2 * PATIENCE, answers.next()).await.expect("silence") {
             let response = response(message);

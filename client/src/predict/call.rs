@@ -1,5 +1,8 @@
 //! What comes with a call beside the request: deadline, trace context, and how errors should look.
-use cresset_proto::{metadata::retry_pushback, reason::Reason};
+use cresset_proto::{
+    metadata::{RICH_STATUS, retry_pushback},
+    reason::Reason,
+};
 use tokio::time::Instant;
 use tonic::{
     Code, Request, Status,
@@ -10,8 +13,6 @@ use crate::{coordinators::describe, retry::Failure, routes::Replica};
 
 /// Metadata of a caller that goes on to the worker: the trace context of W3C.
 const FORWARDED: [&str; 3] = ["traceparent", "tracestate", "baggage"];
-/// Asks for statuses richer than Triton's.
-const RICH_STATUS: &str = "cresset-rich-status";
 /// Triton's key: the first error of a stream ends it with its real status.
 pub(super) const STREAM_ERRORS: &str = "triton_grpc_error";
 

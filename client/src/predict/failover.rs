@@ -85,20 +85,25 @@ impl Failover {
 
     /// The best replica that wasn't tried.
     pub(super) fn pick(&self, router: &Inner, route: &ModelRoute) -> Option<Arc<Replica>> {
-        let now_ms = router.now_ms();
-        let look = |index: usize| self.candidate(router, &route.replicas[index], now_ms);
-        let index = balance::choose(route.replicas.len(), look, rand::random())?;
-        route.replicas.get(index).cloned()
+        self.pick_as(router, route, |_, candidate| candidate)
     }
 
     /// The best replica for a second copy of a request that is at `replica`: none is better than one that isn't well.
     pub(super) fn pick_beside(&self, router: &Inner, route: &ModelRoute, replica: &Arc<Replica>) -> Option<Arc<Replica>> {
-        let now_ms = router.now_ms();
-        let look = |index: usize| {
-            let candidate = self.candidate(router, &route.replicas[index], now_ms);
-            let is_no_use = candidate.failing || Arc::ptr_eq(&route.replicas[index], replica);
+        self.pick_as(router, route, |other, candidate| {
+            let is_no_use = candidate.failing || Arc::ptr_eq(other, replica);
             Candidate { tried: candidate.tried || is_no_use, ..candidate }
-        };
+        })
+    }
+
+    fn pick_as(
+        &self,
+        router: &Inner,
+        route: &ModelRoute,
+        seen: impl Fn(&Arc<Replica>, Candidate) -> Candidate,
+    ) -> Option<Arc<Replica>> {
+        let now_ms = router.now_ms();
+        let look = |index: usize| seen(&route.replicas[index], self.candidate(router, &route.replicas[index], now_ms));
         route.replicas.get(balance::choose(route.replicas.len(), look, rand::random())?).cloned()
     }
 

@@ -253,8 +253,7 @@ async fn ask(
 /// The workers of any version of the model, in the order in which sequences are given to them.
 fn holders(router: &Inner, key: &Key) -> Vec<Arc<Replica>> {
     let table = router.routes.load();
-    let routes = table.models().filter(|route| route.name == key.model);
-    let mut replicas: Vec<Arc<Replica>> = routes.flat_map(|route| route.replicas.iter().cloned()).collect();
+    let mut replicas: Vec<Arc<Replica>> = table.versions(&key.model).flat_map(|route| route.replicas.iter().cloned()).collect();
     let place = key.place();
     replicas.sort_by_key(|replica| (std::cmp::Reverse(balance::mixed(replica.id, place)), Arc::as_ptr(replica)));
     replicas.dedup_by(|a, b| Arc::ptr_eq(a, b));

@@ -85,7 +85,8 @@ impl Inference {
                 Err(status) => Err(status),
             };
         }
-        Ok(self.router.routes().models().filter(|route| name.is_empty() || route.name == name).cloned().collect())
+        let table = self.router.routes();
+        Ok(if name.is_empty() { table.models().cloned().collect() } else { table.versions(name).cloned().collect() })
     }
 
     /// Waits until the router knows what this coordinator knows, so that the caller's next request finds it so.

@@ -1,5 +1,9 @@
 //! Routes for routers outside: the whole table, then again at each change; and what routers say of workers.
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use cresset_client::Router;
 use cresset_core::{
@@ -19,10 +23,7 @@ use tokio::time::timeout;
 use tonic::{Request, Response, Status};
 
 use super::Context;
-use crate::metrics;
 
-/// Between two reports of this coordinator's own router.
-const REPORT_INTERVAL: Duration = Duration::from_millis(500);
 /// How long the leader may take to hear one.
 const REPORT_TIMEOUT: Duration = Duration::from_millis(500);
 /// The longest name of a router, in bytes.
@@ -52,19 +53,12 @@ impl Context {
         Ok(ReportResponse {})
     }
 
-    /// Shows what this coordinator's own router does, and tells the leader which workers it leaves alone.
+    /// Tells the leader which workers this coordinator's own router leaves alone.
     pub async fn report(self: Arc<Self>, router: Router) {
-        let mut has_said_any = false;
-        loop {
-            tokio::time::sleep(REPORT_INTERVAL).await;
-            metrics::show_router(&router);
-            let opinions = router.opinions();
-            if opinions.is_some() || has_said_any {
-                has_said_any = opinions.is_some();
-                let report = ReportRequest { router: self.id.to_string(), opinions: opinions.unwrap_or_default() };
-                if let Err(status) = self.take_report(report).await {
-                    tracing::debug!(%status, "the leader didn't take a report");
-                }
+        let mut reports = pin!(router.reports(self.id.to_string()));
+        while let Some(report) = reports.next().await {
+            if let Err(status) = self.take_report(report).await {
+                tracing::debug!(%status, "the leader didn't take a report");
             }
         }
     }

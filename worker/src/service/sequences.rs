@@ -9,7 +9,7 @@ use cresset_proto::{
     },
     ids::SequenceId,
     inference::ModelInferRequest,
-    parameters::{Parameters, keys, number_of},
+    parameters::{ParameterError, Parameters, keys, number_of},
 };
 use futures::Stream;
 use tokio::sync::mpsc;
@@ -132,17 +132,18 @@ impl Run {
         }
     }
 
-    async fn step(&mut self, step: Step) -> RunResponse {
+    async fn step(&mut self, mut step: Step) -> RunResponse {
         let span = match &step.request {
             Some(request) => self.worker.span(request),
             None => tracing::Span::none(),
         };
-        let said = |key| step.request.as_ref().map_or(0, |request| number_of(&request.parameters, key));
-        let (ordinal, ack) = (said(keys::ORDINAL), said(keys::ACK));
-        let parameters = step.request.as_ref().map(|request| &request.parameters);
-        let is_last = self.attachment.is_some()
-            && parameters.is_some_and(|parameters| Parameters::read(parameters).is_ok_and(|read| read.sequence_end));
-        let (response, is_intact) = answer(&self.worker, &self.served, &mut self.live, step).instrument(span).await;
+        let request = step.request.get_or_insert_default();
+        let parameters = Parameters::read(&request.parameters);
+        // Of a client that can take the sequence up again, whatever else its request says.
+        let said = |key| number_of(&request.parameters, key);
+        let (ordinal, ack) = if self.attachment.is_some() { (said(keys::ORDINAL), said(keys::ACK)) } else { (0, 0) };
+        let is_last = parameters.as_ref().is_ok_and(|parameters| parameters.sequence_end);
+        let (response, is_intact) = answer(&self.worker, &self.served, &mut self.live, step, parameters).instrument(span).await;
         self.is_intact = is_intact;
         if let (Some(attachment), true) = (&mut self.attachment, is_intact) {
             attachment.acknowledge(ack);
@@ -211,12 +212,18 @@ fn find(worker: &Worker, open: &Open) -> Result<Arc<ServedModel>, PredictError> 
 }
 
 /// The response of a step, and whether the sequence's state can be trusted after it.
-async fn answer(worker: &Arc<Worker>, served: &ServedModel, live: &mut LiveSequence, step: Step) -> (RunResponse, bool) {
+async fn answer(
+    worker: &Arc<Worker>,
+    served: &ServedModel,
+    live: &mut LiveSequence,
+    step: Step,
+    parameters: Result<Parameters, ParameterError>,
+) -> (RunResponse, bool) {
     let _counted = worker.count();
     let begun = Instant::now();
     let ordinal = step.ordinal;
     let mut request = step.request.unwrap_or_default();
-    let outcome = match checked(served, &mut request) {
+    let outcome = match checked(served, parameters, &mut request) {
         Ok((parameters, admitted)) => {
             // Routers send the caller's own parameters along. One that came without an id is told apart by its stream.
             let id = parameters.sequence_id.unwrap_or(SequenceId::Number(0));
@@ -248,9 +255,12 @@ async fn answer(worker: &Arc<Worker>, served: &ServedModel, live: &mut LiveSeque
     }
 }
 
-fn checked(served: &ServedModel, request: &mut ModelInferRequest) -> Result<(Parameters, Admitted), PredictError> {
-    let parameters = Parameters::read(&request.parameters)?;
-    Ok((parameters, admit(served, request)?))
+fn checked(
+    served: &ServedModel,
+    parameters: Result<Parameters, ParameterError>,
+    request: &mut ModelInferRequest,
+) -> Result<(Parameters, Admitted), PredictError> {
+    Ok((parameters?, admit(served, request)?))
 }
 
 fn message(ordinal: u64, result: run_response::Result, checkpoint: Option<Bytes>) -> RunResponse {

@@ -54,10 +54,7 @@ enum Action {
 /// When the cluster can't be asked, when a file can't be used, and when a backup isn't whole.
 pub async fn run(cluster: &Cluster, args: &BackupArgs, format: Format) -> anyhow::Result<()> {
     match &args.action {
-        Action::Create { file } => {
-            create(cluster, file).await?;
-            show(&Backup::open(file)?, file, format)
-        }
+        Action::Create { file } => show(&create(cluster, file).await?, file, format),
         Action::Inspect { file } => show(&Backup::open(file)?, file, format),
         Action::Restore { file, data_dir } => {
             let backup = Backup::open(file)?;
@@ -68,7 +65,7 @@ pub async fn run(cluster: &Cluster, args: &BackupArgs, format: Format) -> anyhow
 }
 
 /// Fetches a backup; the file is as it was unless all of it came.
-async fn create(cluster: &Cluster, file: &Path) -> anyhow::Result<()> {
+async fn create(cluster: &Cluster, file: &Path) -> anyhow::Result<Backup> {
     let ask = async |channel, limit| AdminServiceClient::new(channel).backup(request(BackupRequest {}, limit)).await;
     let mut pieces = cluster.call_patiently(ask).await?;
     let mut part = file.as_os_str().to_owned();
@@ -81,8 +78,9 @@ async fn create(cluster: &Cluster, file: &Path) -> anyhow::Result<()> {
             out.write_all(&piece.data).with_context(cannot)?;
         }
         out.sync_all().with_context(cannot)?;
-        Backup::open(&part)?;
-        std::fs::rename(&part, file).with_context(|| format!("can't replace {}", file.display()))
+        let backup = Backup::open(&part)?;
+        std::fs::rename(&part, file).with_context(|| format!("can't replace {}", file.display()))?;
+        Ok(backup)
     };
     let fetched = fetched.await;
     if fetched.is_err() {
