@@ -13,7 +13,7 @@ use tonic::{Code, ConnectError, Status};
 /// What went wrong at a replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
-    /// No connection could be made.
+    /// No connection could be made, or it ended before the request was on it.
     Unreachable,
     /// The connection broke, or the answer ended in the middle.
     Broken,
@@ -35,7 +35,7 @@ impl Failure {
             return Self::Coded(status.code());
         }
         while let Some(error) = source {
-            if error.is::<ConnectError>() {
+            if error.is::<ConnectError>() || is_unsent(error) {
                 return Self::Unreachable;
             }
             source = error.source();
@@ -50,6 +50,14 @@ impl Failure {
             Self::Broken | Self::Refused(_) | Self::Coded(_) => Point::Sent,
         }
     }
+}
+
+/// Whether the connection ended in order before the request was on it, or the server says that it hasn't looked at it
+/// (RFC 9113, 8.7): what a request meets that comes when its server begins to leave.
+fn is_unsent(error: &(dyn std::error::Error + 'static)) -> bool {
+    // hyper says so of what waited for the connection, and of nothing that was sent.
+    error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled)
+        || error.downcast_ref::<h2::Error>().is_some_and(|error| error.reason() == Some(h2::Reason::REFUSED_STREAM))
 }
 
 /// How far the request was.
@@ -285,6 +293,13 @@ mod tests {
         let codes = (0..=16).map(|code| Failure::Coded(Code::from_i32(code)));
         let reasons = Reason::ALL.iter().map(|&reason| Failure::Refused(reason));
         [Failure::Unreachable, Failure::Broken].into_iter().chain(codes).chain(reasons).collect()
+    }
+
+    #[test]
+    fn a_stream_that_the_server_refused_was_never_sent() {
+        let status = |reason: h2::Reason| Status::from_error(Box::new(h2::Error::from(reason)));
+        assert_eq!(Failure::of(&status(h2::Reason::REFUSED_STREAM)), Failure::Unreachable);
+        assert_eq!(Failure::of(&status(h2::Reason::CANCEL)), Failure::Broken);
     }
 
     #[test]

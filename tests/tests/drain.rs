@@ -1,18 +1,27 @@
-//! `cresset drain`: a worker leaves under load, and nobody notices.
+//! `cresset drain`, and SIGTERM to one process after the other: they leave under load, and nobody notices.
 use std::sync::Arc;
 
-use cresset_proto::admin::v1::{StatusResponse, WorkerState};
+use cresset_client::{ConnectionSettings, Coordinators};
+use cresset_proto::{
+    admin::v1::{StatusResponse, WorkerState},
+    inference::{ServerReadyRequest, grpc_inference_service_client::GrpcInferenceServiceClient},
+};
 use cresset_tests::{
+    chaos::models,
     harness::{Cluster, Options, worker_of},
     speaker::Stage,
     speech::Speech,
     tally::Tally,
 };
+use rustix::process::Signal;
 use tokio::{sync::watch, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Endpoint;
 
 use crate::{
     failover::{expected, speakers},
-    support::{Load, PATIENCE, Target, busiest, cluster, command, holders, others, plus_one},
+    resume::{self, KINDS, Speaker},
+    support::{Load, PATIENCE, Target, busiest, cluster, command, holders, others, plus_one, until_ready},
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -76,4 +85,75 @@ async fn sequences_go_on_elsewhere_when_their_worker_leaves() {
     println!("{tally}, {leaving} left");
     assert_eq!((tally.sent, tally.answered), (4 * CHUNKS as u64, 4 * CHUNKS as u64), "{tally}");
     assert!(tally.is_clean(), "{tally}");
+}
+
+/// Stops a process as an operator does, and starts it again.
+async fn restart(cluster: &mut Cluster, id: &str) {
+    cluster.process(id).unwrap().signal(Signal::TERM).unwrap();
+    cluster.process(id).unwrap().wait(PATIENCE).unwrap();
+    cluster.restart_process(id).unwrap();
+}
+
+/// Restarts every process, workers first, each when the one before serves again and every model has all its replicas.
+async fn restart_all(cluster: &mut Cluster, models: &[&str]) {
+    let workers: Vec<String> = cluster.file().workers.iter().map(|member| member.id.clone()).collect();
+    let coordinators: Vec<String> = cluster.file().coordinators.iter().map(|member| member.id.clone()).collect();
+    for id in &workers {
+        let before = worker_of(&cluster.status().await.unwrap(), id).unwrap().incarnation;
+        restart(cluster, id).await;
+        let back = |status: &StatusResponse| {
+            worker_of(status, id).filter(|w| w.state() == WorkerState::Ready && w.incarnation > before).map(drop)
+        };
+        cluster.wait_for("the worker is back", PATIENCE, back).await.unwrap();
+        for model in models {
+            until_ready(cluster, model).await;
+        }
+    }
+    for id in &coordinators {
+        restart(cluster, id).await;
+        // It listens as soon as it can say how it is.
+        cluster.leader().await.unwrap();
+        while !is_ready(cluster, id).await {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+async fn is_ready(cluster: &Cluster, id: &str) -> bool {
+    let Ok(channel) = Endpoint::from_shared(format!("http://{}", cluster.grpc(id).unwrap())).unwrap().connect().await else {
+        return false;
+    };
+    let ready = GrpcInferenceServiceClient::new(channel).server_ready(ServerReadyRequest {}).await;
+    ready.is_ok_and(|answer| answer.into_inner().ready)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_process_is_restarted_under_load_and_nothing_fails_or_is_lost() {
+    let repository = models::repository().unwrap();
+    let names: Vec<&str> = KINDS.iter().map(|kind| kind.model()).collect();
+    let mut cluster = cluster(3, 3, &repository, &names);
+    let speech = Speech::load().unwrap();
+    let coordinators = Coordinators::new(cluster.endpoints(), ConnectionSettings::default());
+    let client = Target::Client(Arc::new(cluster.client().await.unwrap()));
+    let load = Load::start(&[client, Target::Doors(coordinators.clone())], 3);
+    let (over, mut running, mut counts) = (CancellationToken::new(), JoinSet::new(), Vec::new());
+    for (number, kind) in KINDS.into_iter().enumerate() {
+        let speaker = Speaker::learn(kind, number, &speech, &cluster).await;
+        let (answered, count) = watch::channel(0);
+        counts.push(count);
+        running.spawn(speaker.speak(coordinators.clone(), over.clone(), answered));
+    }
+    load.more(300).await;
+    resume::more(&counts).await;
+    restart_all(&mut cluster, &names).await;
+    load.more(300).await;
+    resume::more(&counts).await;
+    over.cancel();
+    while let Some(done) = running.join_next().await {
+        done.unwrap();
+    }
+    let outcome = load.end().await;
+    let streamed: usize = counts.iter().map(|count| *count.borrow()).sum();
+    println!("{} answers, slowest {:?}; {streamed} on streams", outcome.answered, outcome.slowest);
+    assert_eq!(outcome.failures, Vec::<String>::new());
 }

@@ -62,10 +62,15 @@ struct Fake {
     /// Told when a call waits at the gate.
     inside: Arc<Notify>,
     end: Arc<Gate>,
+    /// Whether loads stay away until the end.
+    loads_hang: AtomicBool,
 }
 
 impl Engine for Fake {
     fn load(&self, _: &LoadSpec) -> Result<Box<dyn Model>, EngineError> {
+        if self.loads_hang.load(Ordering::SeqCst) {
+            self.end.wait();
+        }
         let (gate, inside, end) = (Arc::clone(&self.gate), Arc::clone(&self.inside), Arc::clone(&self.end));
         Ok(Box::new(FakeModel { gate, inside, end, signature: Signature::default() }))
     }
@@ -124,6 +129,7 @@ struct Ward {
     worker: Arc<Worker>,
     engine: Arc<Fake>,
     watching: JoinHandle<()>,
+    assignment: Assignment,
     _models: ModelRepository,
 }
 
@@ -142,14 +148,20 @@ impl Ward {
         let served = Models::new(store.clone(), Arc::clone(&engine) as _, vec![device], bounds);
         let watching = tokio::spawn(served.clone().watch_devices());
         let worker = Worker::new("w1".parse().unwrap(), 1, served);
-        let ward = Self { worker, engine, watching, _models: models };
         let stored = store.read("plus_one", None).unwrap();
         let config = stored.config.encode_to_vec().into();
         let assignment =
             Assignment { model: stored.name, version: 1, shard: 0, generation: 1, config, digest: stored.digest, stored: false };
-        ward.worker.models.act_on(&Intent { epoch: 1, assignments: vec![assignment] }).unwrap();
+        let ward = Self { worker, engine, watching, assignment, _models: models };
+        ward.deploy(1);
         ward.seen(ReplicaState::Ready).await;
         ward
+    }
+
+    /// Assigns the model in this generation.
+    fn deploy(&self, generation: u64) {
+        let assignment = Assignment { generation, ..self.assignment.clone() };
+        self.worker.models.act_on(&Intent { epoch: generation, assignments: vec![assignment] }).unwrap();
     }
 
     /// Waits until the leader would be told this of the replica.
@@ -194,6 +206,51 @@ impl Drop for Ward {
         self.watching.abort();
         self.engine.gate.open();
         self.engine.end.open();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_load_that_never_ends_has_failed_and_the_next_one_begins() {
+    let ward = Ward::open(0).await;
+    ward.worker.models.set_load_max_ms(100);
+    ward.engine.loads_hang.store(true, Ordering::SeqCst);
+    ward.deploy(2);
+    let failed = ward.seen(ReplicaState::Failed).await;
+    assert_eq!(failed.reason, "loading took longer than the worker's max-load-ms, which is 100");
+    ward.ask(1.0).await.unwrap().expect("what was served before goes on");
+    ward.engine.loads_hang.store(false, Ordering::SeqCst);
+    ward.deploy(3);
+    ward.seen(ReplicaState::Ready).await;
+    ward.ask(1.0).await.unwrap().unwrap();
+    // A thread each; more of them than four are refused without one.
+    ward.engine.loads_hang.store(true, Ordering::SeqCst);
+    for generation in 4..7 {
+        ward.deploy(generation);
+        assert!(ward.seen(ReplicaState::Failed).await.reason.contains("max-load-ms, which is 100"));
+    }
+    ward.deploy(7);
+    let refused = ward.seen(ReplicaState::Failed).await.reason;
+    assert!(refused.starts_with("4 loads of this worker") && refused.ends_with("until it is started again"), "{refused}");
+    ward.engine.loads_hang.store(false, Ordering::SeqCst);
+    ward.engine.end.open();
+    // Threads that have ended count no more.
+    let mut generation = 8;
+    loop {
+        ward.deploy(generation);
+        let mut changes = ward.worker.models.changes();
+        let ended = async {
+            loop {
+                let state = ward.worker.models.observed()[0].state();
+                if state != ReplicaState::Loading {
+                    return state;
+                }
+                changes.changed().await.unwrap();
+            }
+        };
+        if timeout(PATIENCE, ended).await.expect("a load ends") == ReplicaState::Ready {
+            break;
+        }
+        generation += 1;
     }
 }
 

@@ -70,6 +70,29 @@ async fn what_died_is_started_again_where_that_was_asked_for() {
     assert_eq!(now.workers[1].pid, cluster.file().workers[1].pid);
 }
 
+/// The names and priorities of a process's threads.
+fn threads(pid: u32) -> Vec<(String, i32)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let read = |task: &Path| Some((fs::read_to_string(task.join("comm")).ok()?, fs::read_to_string(task.join("stat")).ok()?));
+    // A thread may end meanwhile.
+    let read = tasks.filter_map(|task| read(&task.ok()?.path()));
+    // proc_pid_stat(5): the 19th field is the nice value, the 17th after the name.
+    let nice = |stat: &str| stat[stat.rfind(')').unwrap() + 2..].split(' ').nth(16).unwrap().parse().unwrap();
+    read.map(|(name, stat)| (name.trim().to_owned(), nice(&stat))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_runs_with_the_priority_of_its_worker_however_it_was_loaded() {
+    let repository = plus_one();
+    let cluster = cluster(1, 1, &repository, &["plus_one"]);
+    until_ready(&cluster, "plus_one").await;
+    let threads = threads(cluster.process("w1").unwrap().pid());
+    let own = threads.iter().find(|(name, _)| name.starts_with("cresset")).unwrap().1;
+    let engines: Vec<_> = threads.iter().filter(|(name, _)| name.starts_with("engine-")).collect();
+    assert!(engines.len() >= 2, "the device's and the model's: {threads:?}");
+    assert!(engines.iter().all(|(_, nice)| *nice == own), "loading stands back, serving doesn't: {threads:?}");
+}
+
 /// Runs `cresset up`, which must end by itself with exit code 1 and say why in one line.
 fn refusal(data_dir: &Path, more: &[&str], change: impl FnOnce(&mut Command)) -> String {
     let mut command = binaries::command("cresset");

@@ -34,12 +34,12 @@ const BETWEEN: usize = 15;
 const ASKED_MAX: usize = 256;
 /// From one request of a stream to the next.
 const INTERVAL: Duration = Duration::from_millis(10);
-const KINDS: [Kind; 4] = [Kind::Independent, Kind::Speech, Kind::Implicit, Kind::Decoupled];
+pub const KINDS: [Kind; 4] = [Kind::Independent, Kind::Speech, Kind::Implicit, Kind::Decoupled];
 
 type Answers = BoxStream<'static, Result<ModelStreamInferResponse, Status>>;
 
 /// One stream and what it asks, again and again.
-struct Speaker {
+pub struct Speaker {
     kind: Kind,
     inputs: Vec<Bytes>,
     /// For each input its responses.
@@ -65,7 +65,7 @@ fn response(message: Result<ModelStreamInferResponse, Status>) -> ModelInferResp
 
 impl Speaker {
     /// Learns what the answers have to be from a cluster that nobody hurts.
-    async fn learn(kind: Kind, number: usize, speech: &Speech, cluster: &Cluster) -> Self {
+    pub async fn learn(kind: Kind, number: usize, speech: &Speech, cluster: &Cluster) -> Self {
         let client = cluster.client().await.unwrap();
         let inputs = kind.script(number, speech);
         let count = inputs.len();
@@ -82,7 +82,7 @@ impl Speaker {
     }
 
     /// Asks at a steady pace until `over`, then to the end of its sequence, and checks every answer as it comes.
-    async fn speak(self, coordinators: Coordinators, over: CancellationToken, answered: watch::Sender<usize>) {
+    pub async fn speak(self, coordinators: Coordinators, over: CancellationToken, answered: watch::Sender<usize>) {
         let (requests, queued) = mpsc::channel(1);
         let (tell, asked) = mpsc::channel(ASKED_MAX);
         let answers = coordinators.stream(ReceiverStream::new(queued), ResumeSettings::default()).boxed();
@@ -138,7 +138,7 @@ impl Speaker {
 }
 
 /// Waits until every stream has so many more answers.
-async fn more(counts: &[watch::Receiver<usize>]) {
+pub async fn more(counts: &[watch::Receiver<usize>]) {
     for count in counts {
         let mut count = count.clone();
         let wanted = *count.borrow() + BETWEEN;

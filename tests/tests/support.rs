@@ -8,7 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cresset_client::CressetClient;
+use cresset_client::{
+    Coordinators, CressetClient,
+    retry::{Failure, Point},
+};
 use cresset_proto::{
     admin::v1::{ModelState, StatusResponse, WorkerState, admin_service_client::AdminServiceClient},
     fleet::v1::ReplicaState,
@@ -120,6 +123,8 @@ pub enum Target {
     Client(Arc<CressetClient>),
     /// A coordinator's public service.
     Gateway(GrpcInferenceServiceClient<Channel>),
+    /// The public services of several coordinators, one after the other until one of them takes the request. That one answers it.
+    Doors(Coordinators),
 }
 
 impl Target {
@@ -127,6 +132,19 @@ impl Target {
         match self {
             Self::Client(client) => client.infer(request).await,
             Self::Gateway(service) => Ok(service.clone().model_infer(request).await?.into_inner()),
+            Self::Doors(coordinators) => {
+                let ask = |channel| {
+                    let request = request.clone();
+                    async move {
+                        match GrpcInferenceServiceClient::new(channel).model_infer(request).await {
+                            Err(status) if Failure::of(&status).point() == Point::NotSent => Err(status),
+                            // The last word, whatever it is.
+                            answer => Ok(tonic::Response::new(answer.map(tonic::Response::into_inner))),
+                        }
+                    }
+                };
+                coordinators.call(PATIENCE, ask).await.map_err(|error| Status::unavailable(error.to_string()))?
+            }
         }
     }
 }

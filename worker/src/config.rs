@@ -52,6 +52,12 @@ pub const PROGRAM: Program = Program {
             "MS",
             "How long one call of a model may run unless its configuration says; 0: any time",
         ),
+        Setting::new(
+            "max-load-ms",
+            Some("900000"),
+            "MS",
+            "How long loading a model and warming it up may take before it has failed; 0: any time",
+        ),
         Setting::new("grpc-threads", Some("0"), "N", "Threads that serve the gRPC port; 0: one for every two cores, up to 16"),
         Setting::new("streams-per-connection-max", Some("4096"), "N", "Calls that one connection may have open"),
         Setting::new("drain-ms", Some("5000"), "MS", "How long open calls may go on after a stop was asked for"),
@@ -116,6 +122,8 @@ pub struct Config {
     pub message_bytes_max: usize,
     /// How long one call of a model may run unless its configuration says, in ms; 0: any time.
     pub execution_max_ms: u64,
+    /// How long loading a model and warming it up may take, in ms; 0: any time.
+    pub load_max_ms: u64,
     /// Threads that serve the gRPC port; 0: one for every two cores.
     pub grpc_threads: usize,
     /// Calls that one connection may have open.
@@ -190,6 +198,7 @@ impl Config {
             detached,
             message_bytes_max,
             execution_max_ms: settings.required("max-execution-ms"),
+            load_max_ms: settings.required("max-load-ms"),
             grpc_threads: settings.required("grpc-threads"),
             streams_per_connection_max,
             drain: Duration::from_millis(settings.required("drain-ms")),

@@ -117,6 +117,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let engine = Arc::new(AnyEngine { null_enabled: config.null_engine });
     let files = Files::new(config.coordinators.clone(), config.cache_dir.clone()).map_err(Error::Cache)?;
     let models = Models::with_files(Repository::new(&config.model_repository), files, engine, threads, config.bounds);
+    models.set_load_max_ms(config.load_max_ms);
     models.devices().set_execution_max_ms(config.execution_max_ms);
     models.devices().set_intra_op_threads(intra_op_threads(&config));
     let worker = Worker::new(config.id.clone(), incarnation(), models);

@@ -8,6 +8,7 @@ mod load;
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, atomic::AtomicUsize},
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -22,7 +23,7 @@ use parking_lot::Mutex;
 use prost::Message;
 use tokio::sync::{Semaphore, watch};
 
-use self::load::{in_the_background, labels, load_spec, read_side_file, takes_what_is_left_out};
+use self::load::{Background, labels, load_spec, read_side_file, takes_what_is_left_out};
 use crate::{
     assignment::{ReplicaKey, StaleIntent, Step, steps},
     contract::{Contract, ContractError, InstanceKind, Memory},
@@ -110,6 +111,24 @@ enum LoadError {
     Thread(std::io::Error),
     #[error("loading was cut short")]
     Aborted,
+    #[error("loading took longer than the worker's max-load-ms, which is {limit_ms}")]
+    TooLong { limit_ms: u64 },
+    #[error(
+        "{0} loads of this worker took longer than its max-load-ms and haven't ended: it loads no more until it is started again"
+    )]
+    TooManyHang(usize),
+}
+
+/// A model that is read and warm, and has no threads yet.
+struct Loaded {
+    key: ReplicaKey,
+    generation: u64,
+    contract: Contract,
+    config: ModelConfig,
+    /// Its instances, and where each belongs.
+    models: Vec<(Device, Box<dyn Model>)>,
+    /// What state a sequence begins with.
+    initial: Vec<Tensor>,
 }
 
 type Table = HashMap<String, BTreeMap<u64, Arc<ServedModel>>>;
@@ -129,7 +148,9 @@ struct Inner {
     table: ArcSwap<Table>,
     observed: Mutex<Observed>,
     changes: watch::Sender<u64>,
+    /// One at a time.
     loading: Semaphore,
+    background: Background,
 }
 
 #[derive(Default)]
@@ -162,6 +183,7 @@ impl Models {
             observed: Mutex::default(),
             changes: watch::channel(0).0,
             loading: Semaphore::new(1),
+            background: Background::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -197,6 +219,12 @@ impl Models {
             None => Ok(served),
             Some(why) => Err(PredictError::Engine { model: served.key.model.clone(), source: EngineError::DeviceLost(why) }),
         }
+    }
+
+    /// How long a load and its warm-up may take, in ms; 0 for any time, as it is before this is called. A load that takes longer
+    /// has failed, and the next one begins; the newest limit counts for loads that begin after it.
+    pub fn set_load_max_ms(&self, load_max_ms: u64) {
+        self.inner.background.set_limit_ms(load_max_ms);
     }
 
     /// What the models run on.
@@ -345,12 +373,14 @@ impl Inner {
         } else {
             self.repository.clone()
         };
-        let load = move || self.read_and_load(&repository, &assignment);
-        in_the_background(load).await.map_err(LoadError::Thread)?.unwrap_or(Err(LoadError::Aborted))
+        let this = Arc::clone(&self);
+        let begun = std::time::Instant::now();
+        let load = move || this.read_and_load(&repository, &assignment);
+        let loaded = self.background.run(load).await?;
+        self.place(loaded, begun.elapsed())
     }
 
-    fn read_and_load(&self, repository: &Repository, assignment: &Assignment) -> Result<ServedModel, LoadError> {
-        let begun = std::time::Instant::now();
+    fn read_and_load(&self, repository: &Repository, assignment: &Assignment) -> Result<Loaded, LoadError> {
         let key = ReplicaKey::of(assignment);
         let mut config = ModelConfig::decode(assignment.config.clone())?;
         config.name.clone_from(&key.model);
@@ -372,8 +402,7 @@ impl Inner {
             EngineKind::of(&config.platform, &config.backend, &stored.file, &contract.parameters).map_err(ContractError)?;
         let mut spec = load_spec(&contract, stored.file, kind)?;
         let mut models: Vec<(Device, Box<dyn Model>)> = Vec::new();
-        let devices = self.places(&contract)?;
-        for device in devices.iter().copied() {
+        for device in self.places(&contract)? {
             let twin = models.iter_mut().find(|(other, _)| *other == device).and_then(|(_, model)| model.twin());
             spec.device = device;
             let mut model = match twin {
@@ -384,16 +413,22 @@ impl Inner {
             warm_up(model.as_mut(), &contract, &initial, |file| read("warmup", file))?;
             models.push((device, model));
         }
+        Ok(Loaded { key, generation: assignment.generation, contract, config, models, initial })
+    }
+
+    /// Gives each instance a thread. Not from a thread that stands back for requests, since a thread begins with the priority of
+    /// the one that starts it.
+    fn place(&self, loaded: Loaded, took: Duration) -> Result<ServedModel, LoadError> {
+        let Loaded { key, generation, contract, config, models, initial } = loaded;
+        let devices = models.iter().map(|(device, _)| *device).collect();
         let mut instances = Vec::new();
         for (device, model) in models {
             instances.push(self.devices.place(device, model, &contract, Arc::clone(&self.engine)).map_err(LoadError::Thread)?);
         }
-        let metrics =
-            ModelMetrics::new(&key.model, key.version, metrics::triton::recorder(&key.model, key.version, begun.elapsed()));
+        let metrics = ModelMetrics::new(&key.model, key.version, metrics::triton::recorder(&key.model, key.version, took));
         let memory_bytes = instances.iter().map(PlacedModel::memory_bytes).sum();
         let contract = Arc::new(contract);
         let runner = runner(&contract, instances, initial, self.bounds, &metrics);
-        let generation = assignment.generation;
         Ok(ServedModel { key, generation, contract, config, runner, metrics, devices, memory_bytes })
     }
 

@@ -5,12 +5,14 @@
 //! | [`models`] | the models that are measured |
 //! | [`stage`] | models, clusters and times that all parts share |
 //! | [`inprocess`] | the reference: libtorch in a process of its own |
+//! | [`bare`] | the reference for a call: tonic without Cresset |
 //! | [`generator`] | the load: `cresset bench` |
 //! | [`routing`], [`overhead`], [`throughput`], [`tail`], [`overload`], [`memory`] | the parts |
 //! | [`figures`], [`results`], [`plot`] | middles and spreads, the table and the JSON, the plot |
 //!
 //! A figure and its reference are measured in turns, so that what else the machine does meets both.
 
+pub mod bare;
 pub mod figures;
 pub mod generator;
 pub mod inprocess;

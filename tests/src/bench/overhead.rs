@@ -3,6 +3,7 @@
 use anyhow::Context;
 
 use super::{
+    bare,
     figures::Part,
     inprocess::{Holder, Threads},
     models::MLP,
@@ -10,7 +11,8 @@ use super::{
 };
 use crate::harness::Cluster;
 
-/// Measures the small model straight and through a coordinator, each beside the same `forward` in process.
+/// Measures the small model straight and through a coordinator, each beside the same `forward` in process, and beside a call that
+/// does nothing.
 ///
 /// # Errors
 /// When a process fails, or a request.
@@ -31,6 +33,10 @@ pub fn measure(stage: &Stage, cluster: &Cluster) -> anyhow::Result<Part> {
         }
         // The reference is libtorch at its best.
         let forward = forwards.into_iter().min_by(|a, b| a.p50_us.total_cmp(&b.p50_us)).context("no reference")?;
+        let bare = bare::measure(stage.pace.time / 2)?;
+        part.raw("bare", round, &bare);
+        part.add("bare_p50_us", bare.p50_us);
+        part.add("bare_cpu_us", bare.server_cpu_us);
         part.add("in_process_p50_us", forward.p50_us);
         part.add("in_process_p99_us", forward.p99_us);
         for (name, generator) in [("direct", &straight), ("coordinator", &through)] {

@@ -158,6 +158,8 @@ fn routing(rows: &mut Rows, part: &Part) {
 }
 
 fn overhead(rows: &mut Rows, part: &Part) {
+    rows.row("a call of tonic's that does nothing, p50, µs", part, "bare_p50_us", 0, Goal::None, "what this machine asks for");
+    rows.row("  its server's CPU, µs", part, "bare_cpu_us", 1, Goal::None, "");
     for (name, way, most) in [("direct", "straight", 120.0), ("coordinator", "by coordinator", 220.0)] {
         for (percentile, goal) in [("p50", Goal::Most(most)), ("p99", Goal::None)] {
             let whole = word(part, &format!("{name}_whole_{percentile}_us"), 0);

@@ -1,8 +1,16 @@
 //! What a load needs beside the model's own file, and where it runs.
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
-use tokio::{runtime::Handle, sync::oneshot};
+use parking_lot::Mutex;
+use tokio::{runtime::Handle, sync::oneshot, time::timeout};
 
 use super::LoadError;
 use crate::{
@@ -16,22 +24,62 @@ const SIDE_FILE_BYTES_MAX: u64 = 1 << 30;
 /// How far work in the background stands back for requests: about a tenth of a core that both want.
 const BACKGROUND_NICE: i32 = 10;
 
-/// Runs `work` on a thread of its own that stands back for requests; `None` if it panics.
-pub(super) async fn in_the_background<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> std::io::Result<Option<T>> {
-    let (done, result) = oneshot::channel();
-    let runtime = Handle::current();
-    std::thread::Builder::new().name("load".into()).spawn(move || {
-        // On Linux this is about the calling thread, and those that it starts. Without it everything works as well.
-        if let Err(error) = rustix::process::setpriority_process(None, BACKGROUND_NICE) {
-            tracing::debug!(%error, "loading doesn't stand back for requests");
+/// Loads that were given up and still hold a thread. Beyond these, only a new process gets rid of them.
+const HUNG_MAX: usize = 4;
+
+/// Where loads run, and how long each may.
+#[derive(Default)]
+pub(super) struct Background {
+    /// How long a load may take, in ms; 0 for any time.
+    limit_ms: AtomicU64,
+    /// Loads that were given up; dead once their thread has ended.
+    hung: Mutex<Vec<Weak<()>>>,
+}
+
+impl Background {
+    pub(super) fn set_limit_ms(&self, limit_ms: u64) {
+        self.limit_ms.store(limit_ms, Ordering::Relaxed);
+    }
+
+    /// Runs `work` on a thread of its own that stands back for requests, with all threads that it starts. Nothing stops a thread
+    /// inside libtorch, so one that takes too long is left behind.
+    pub(super) async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, LoadError> + Send + 'static,
+    ) -> Result<T, LoadError> {
+        if self.hung() >= HUNG_MAX {
+            return Err(LoadError::TooManyHang(HUNG_MAX));
         }
-        let _within = runtime.enter();
-        // Whoever waited may have gone.
-        let _ = done.send(work());
-    })?;
-    Ok(result.await.ok())
+        let (done, result) = oneshot::channel();
+        let runtime = Handle::current();
+        let life = Arc::new(());
+        let lives = Arc::downgrade(&life);
+        let body = move || {
+            // On Linux this is about the calling thread, and those that it starts. Without it everything works as well.
+            if let Err(error) = rustix::process::setpriority_process(None, BACKGROUND_NICE) {
+                tracing::debug!(%error, "loading doesn't stand back for requests");
+            }
+            let _within = runtime.enter();
+            // Whoever waited may have gone.
+            let _ = done.send(work());
+            drop(life);
+        };
+        std::thread::Builder::new().name("load".into()).spawn(body).map_err(LoadError::Thread)?;
+        let limit_ms = self.limit_ms.load(Ordering::Relaxed);
+        let limit = if limit_ms == 0 { Duration::MAX } else { Duration::from_millis(limit_ms) };
+        let Ok(ended) = timeout(limit, result).await else {
+            self.hung.lock().push(lives);
+            return Err(LoadError::TooLong { limit_ms });
+        };
+        // It panicked if it said nothing.
+        ended.unwrap_or(Err(LoadError::Aborted))
+    }
+
+    fn hung(&self) -> usize {
+        let mut hung = self.hung.lock();
+        hung.retain(|life| life.strong_count() > 0);
+        hung.len()
+    }
 }
 
 /// What the engine has to know. The device is filled in for each instance.
