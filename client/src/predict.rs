@@ -96,8 +96,8 @@ struct Checked {
 
 /// What a request is, once it is known whether it belongs to a sequence.
 enum Work {
-    /// With what it is known by, if its caller may send it again. Boxed, as few are.
-    Single(ModelInferRequest, Option<Box<answered::Key>>),
+    /// With which version it means, and what it is known by if its caller may send it again. That is boxed, as few may.
+    Single(ModelInferRequest, Version, Option<Box<answered::Key>>),
     /// The session has it; this is where its answer comes.
     Sequence(oneshot::Receiver<Result<ModelInferResponse, Status>>),
 }
@@ -244,7 +244,7 @@ impl Router {
         let checked = self.0.check(request, deadline, true).await?;
         match self.0.begin(checked, options).await? {
             Work::Sequence(answer) => Ok(answer),
-            Work::Single(request, _) => {
+            Work::Single(request, ..) => {
                 let text = format!("model '{}' has no sequences: its configuration lacks sequence_batching", request.model_name);
                 Err(Reason::InvalidArgument.status(text))
             }
@@ -275,7 +275,7 @@ impl Inner {
         let deadline = self.deadline(options);
         let checked = self.check(request, deadline, true).await?;
         match self.begin(checked, options).await? {
-            Work::Single(request, key) => unary::infer(self, request, key, options, deadline).await,
+            Work::Single(request, version, key) => unary::infer(self, request, version, key, options, deadline).await,
             Work::Sequence(answer) => received(answer).await,
         }
     }
@@ -283,7 +283,7 @@ impl Inner {
     /// Checks what the router must know of a request, in Triton's order.
     async fn check(&self, request: ModelInferRequest, deadline: Instant, unary: bool) -> Result<Checked, Status> {
         let version = version_of(&request.model_version)?;
-        let route = self.route(&request.model_name, version.clone(), deadline).await?;
+        let route = self.route(&request.model_name, &version, deadline).await?;
         if route.decoupled && unary {
             return Err(Reason::Unsupported.status("ModelInfer RPC doesn't support models with decoupled transaction policy"));
         }
@@ -301,22 +301,29 @@ impl Inner {
         let Checked { request, parameters, route, version, deadline } = checked;
         if !route.stateful {
             let key = parameters.request_id.map(|id| Box::new(answered::Key::of(&request, id)));
-            return Ok(Work::Single(request, key));
+            return Ok(Work::Single(request, version, key));
         }
-        sessions::submit(self, &route, version, request, parameters, options, deadline).await.map(Work::Sequence)
+        // Boxed, as all that follows is on few requests' way: a future is moved several times before it runs, and what is
+        // seldom needed should not make all of them large.
+        let submitted = Box::pin(sessions::submit(self, &route, version, request, parameters, options, deadline));
+        submitted.await.map(Work::Sequence)
     }
 
     /// The route of a model; waits for the first table if none has come yet.
-    async fn route(&self, name: &str, version: Version, deadline: Instant) -> Result<Arc<ModelRoute>, Status> {
+    async fn route(&self, name: &str, version: &Version, deadline: Instant) -> Result<Arc<ModelRoute>, Status> {
         if !self.routes.load().is_received() {
-            let mut routes = self.routes.clone();
-            let patience = deadline.min(Instant::now() + self.settings.route_wait);
-            let received = tokio::time::timeout_at(patience, routes.wait_for(RouteTable::is_received)).await;
-            if !matches!(received, Ok(Some(_))) {
-                return Err(Reason::NoReplica.status("no routes are known yet: no coordinator has sent any"));
-            }
+            Box::pin(self.first_table(deadline)).await?;
         }
-        lookup(&self.routes.load(), name, &version).cloned()
+        lookup(&self.routes.load(), name, version).cloned()
+    }
+
+    async fn first_table(&self, deadline: Instant) -> Result<(), Status> {
+        let mut routes = self.routes.clone();
+        let patience = deadline.min(Instant::now() + self.settings.route_wait);
+        match tokio::time::timeout_at(patience, routes.wait_for(RouteTable::is_received)).await {
+            Ok(Some(_)) => Ok(()),
+            _ => Err(Reason::NoReplica.status("no routes are known yet: no coordinator has sent any")),
+        }
     }
 }
 

@@ -74,7 +74,9 @@ where
             () = sleep(patience) => {}
         }
         if let Some(other) = failover.pick_beside(router, route, &replica).filter(|_| router.hedges.take_out()) {
-            let hedged = router.both(first, replica, &other, began, send(Arc::clone(&other))).await;
+            // Boxed, so that it costs room only where it happens.
+            let second = Box::pin(send(Arc::clone(&other)));
+            let hedged = Box::pin(router.both(first, replica, &other, began, second)).await;
             return router.known(route, began, hedged);
         }
     }
@@ -90,11 +92,10 @@ impl Inner {
         replica: Arc<Replica>,
         other: &Arc<Replica>,
         began: Instant,
-        second: impl Future<Output = Result<T, Status>>,
+        mut second: impl Future<Output = Result<T, Status>> + Unpin,
     ) -> Attempt<T> {
         self.counts.hedged();
         let second_began = Instant::now();
-        let mut second = pin!(second);
         let (failed, result) = tokio::select! {
             biased;
             result = &mut first => match result {

@@ -242,7 +242,7 @@ async fn begin(router: Arc<Inner>, options: Arc<CallOptions>, entry: Entry) -> B
     };
     async move {
         let result = match work {
-            Ok(Work::Single(request, again)) => unary::infer(&router, request, again, &options, deadline).await,
+            Ok(Work::Single(request, version, key)) => unary::infer(&router, request, version, key, &options, deadline).await,
             Ok(Work::Sequence(answer)) => received(answer).await,
             Err(status) => Err(status),
         };

@@ -14,12 +14,12 @@ use super::{
     call::{deadline_exceeded, no_replica, outcome},
     failover::Failover,
     hedge::{Attempt, hedged},
-    lookup, version_of,
+    lookup,
     vigil::attended,
 };
 use crate::{
     retry::{Kind, Verdict},
-    routes::{ModelRoute, Replica, Routes},
+    routes::{ModelRoute, Replica, Routes, Version},
 };
 
 /// An error so close to the deadline is the deadline's: the worker and tonic watch it too, with timers of their own.
@@ -29,14 +29,15 @@ const DEADLINE_GRAIN: Duration = Duration::from_millis(2);
 pub(super) async fn infer(
     router: &Arc<Inner>,
     request: ModelInferRequest,
+    version: Version,
     key: Option<Box<Key>>,
     options: &CallOptions,
     deadline: Instant,
 ) -> Result<ModelInferResponse, Status> {
-    let Some(key) = key else { return run(router, request, options, deadline).await };
+    let Some(key) = key else { return run(router, request, &version, options, deadline).await };
     let (model, own_id) = (request.model_name.clone(), request.id.clone());
     // Boxed: few requests have one, and the others' futures needn't be any larger for it.
-    let once = Box::pin(router.answered.once(*key, || router.now_ms(), run(router, request, options, deadline)));
+    let once = Box::pin(router.answered.once(*key, || router.now_ms(), run(router, request, &version, options, deadline)));
     let answer = tokio::time::timeout_at(deadline, once).await.unwrap_or_else(|_| Err(deadline_exceeded(&model)))?;
     Ok(ModelInferResponse { id: own_id, ..answer })
 }
@@ -44,26 +45,26 @@ pub(super) async fn infer(
 async fn run(
     router: &Arc<Inner>,
     request: ModelInferRequest,
+    version: &Version,
     options: &CallOptions,
     deadline: Instant,
 ) -> Result<ModelInferResponse, Status> {
     // Only whoever has to wait needs word of newer ones.
     let mut routes: Option<Routes> = None;
     let mut failover = Failover::new(router, Kind::Unary);
-    let version = version_of(&request.model_version)?;
     let model = request.model_name.clone();
     let mut last: Option<Status> = None;
     // Runs from the moment when nobody could take the request.
     let mut patience: Option<Instant> = None;
     loop {
         let table = routes.as_mut().map_or_else(|| router.routes.table(), Routes::update);
-        let route = lookup(&table, &model, &version)?;
+        let route = lookup(&table, &model, version)?;
         let pause = match failover.pick(router, route) {
             Some(replica) => {
                 let span = tracing::debug_span!("attempt", %model, worker = %replica.worker_id, epoch = table.epoch());
                 let send = |replica: Arc<Replica>| {
                     let mut request = request.clone();
-                    route.address(&version, &mut request);
+                    route.address(version, &mut request);
                     once(router, replica, route, &failover, request, options, deadline)
                 };
                 let Attempt { replica, took, result } = hedged(router, &failover, route, replica, send).instrument(span).await;
@@ -95,7 +96,7 @@ async fn run(
         let now = Instant::now();
         let give_up = deadline.min(*patience.get_or_insert(now + router.settings.route_wait));
         let until = pause.map_or(give_up, |pause| give_up.min(now + pause));
-        routes.get_or_insert_with(|| router.routes.since(&table)).newer(until).await;
+        Box::pin(routes.get_or_insert_with(|| router.routes.since(&table)).newer(until)).await;
         failover.forgive();
         if Instant::now() >= deadline {
             return Err(deadline_exceeded(&model));
@@ -122,8 +123,9 @@ async fn once(
     let mut client = GrpcInferenceServiceClient::new(connection.channel.clone())
         .max_decoding_message_size(bytes_max)
         .max_encoding_message_size(bytes_max);
-    let call =
-        async { client.model_infer(options.wrap(request, &replica, Some(deadline))).await.map(tonic::Response::into_inner) };
+    let request = options.wrap(request, &replica, Some(deadline));
+    // Boxed: tonic's future is by far the largest part of a request's, and all of those around it would be moved with it.
+    let call = Box::pin(async { client.model_infer(request).await.map(tonic::Response::into_inner) });
     let answer = attended(router, &replica, route, failover, deadline, call).await;
     if let Err(status) = &answer {
         router.workers.failed(&connection, status);

@@ -1,7 +1,7 @@
 //! Watching replicas while they work: who is overdue is asked whether it lives, who is out is asked until it is back, and what waits
 //! for it moves. What follows from what is decided by [`ejection`](crate::ejection).
 use std::{
-    pin::pin,
+    pin::{Pin, pin},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -79,13 +79,33 @@ pub(super) async fn attended<T>(
     answer: impl Future<Output = Result<T, Status>>,
 ) -> Result<T, Status> {
     let began = Instant::now();
+    let ejections_seen = replica.ejections();
     let mut answer = pin!(answer);
-    let mut ejections_seen = replica.ejections();
     tokio::select! {
         biased;
         answer = &mut answer => return answer,
         () = sleep_until(deadline.min(began + UNWATCHED)) => {}
     }
+    // Boxed, since most requests are over by now.
+    Box::pin(watched(router, replica, route, failover, deadline, Watch { began, ejections_seen }, answer)).await
+}
+
+/// Since when an answer is waited for.
+struct Watch {
+    began: Instant,
+    /// How often the replica had been out by then.
+    ejections_seen: u64,
+}
+
+async fn watched<T>(
+    router: &Arc<Inner>,
+    replica: &Arc<Replica>,
+    route: &ModelRoute,
+    failover: &Failover,
+    deadline: Instant,
+    Watch { began, mut ejections_seen }: Watch,
+    mut answer: Pin<&mut impl Future<Output = Result<T, Status>>>,
+) -> Result<T, Status> {
     let patience = route.patience(router.now_ms());
     let mut overdue_at = began + patience;
     loop {

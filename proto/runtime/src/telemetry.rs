@@ -66,15 +66,13 @@ pub fn start(service: &'static str, instance: &str, log_filter: &str) -> Result<
     let start = Sampling { on: exports && asked.on, ..asked };
     let sampler = Sampler::new(start);
     let provider = if exports { Some(exporter(service, instance, sampler.clone())?) } else { None };
-    // Without an exporter there is still a tracer, so that a caller's trace context is passed on.
-    let tracer = match &provider {
-        Some(provider) => provider.tracer("cresset"),
-        None => SdkTracerProvider::builder().build().tracer("cresset"),
-    };
     let (filter, switches) = LogFilter::new(filter);
     let logs =
         tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(true).with_filter(filter);
-    let traces = tracing_opentelemetry::layer().with_tracer(tracer).with_filter(trace_filter());
+    // Without an exporter this process has no spans of its own that a caller's trace could continue in: what it sends is the
+    // caller's own trace context, as it came.
+    let tracer = provider.as_ref().map(|provider| provider.tracer("cresset"));
+    let traces = tracer.map(|tracer| tracing_opentelemetry::layer().with_tracer(tracer).with_filter(trace_filter()));
     // Tests start several parts of a cluster in one process: the first set-up stays.
     if tracing_subscriber::registry().with(logs).with(traces).try_init().is_err() {
         tracing::debug!("telemetry is already set up");
@@ -191,7 +189,7 @@ pub fn continue_trace(span: &Span, metadata: &MetadataMap) {
     }
 }
 
-/// Puts the current span's context into a call's metadata.
+/// Puts the current span's context into a call's metadata; without an exporter there is none, and what is there stays.
 pub fn pass_trace(metadata: &mut MetadataMap) {
     let context = Span::current().context();
     global::get_text_map_propagator(|propagator| propagator.inject_context(&context, &mut Inject(metadata)));

@@ -7,7 +7,7 @@
 //! | [`inprocess`] | the reference: libtorch in a process of its own |
 //! | [`bare`] | the reference for a call: tonic without Cresset |
 //! | [`generator`] | the load: `cresset bench` |
-//! | [`routing`], [`overhead`], [`throughput`], [`tail`], [`overload`], [`memory`] | the parts |
+//! | [`routing`], [`overhead`], [`throughput`], [`tail`], [`overload`], [`survival`], [`memory`] | the parts |
 //! | [`figures`], [`results`], [`plot`] | middles and spreads, the table and the JSON, the plot |
 //!
 //! A figure and its reference are measured in turns, so that what else the machine does meets both.
@@ -24,5 +24,6 @@ pub mod plot;
 pub mod results;
 pub mod routing;
 pub mod stage;
+pub mod survival;
 pub mod tail;
 pub mod throughput;

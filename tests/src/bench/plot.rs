@@ -297,6 +297,7 @@ mod tests {
             throughput: None,
             tail: None,
             overload: None,
+            survival: None,
             memory: Some(memory),
         };
         draw(&results, &path).unwrap();

@@ -68,6 +68,8 @@ pub struct Results {
     pub tail: Option<Part>,
     /// `overload`
     pub overload: Option<Part>,
+    /// `survival`
+    pub survival: Option<Part>,
     /// `memory`
     pub memory: Option<Part>,
 }
@@ -91,6 +93,7 @@ impl Results {
             ("overhead", &self.overhead),
             ("tail", &self.tail),
             ("overload", &self.overload),
+            ("survival", &self.survival),
             ("memory", &self.memory),
         ];
         json.extend(parts.into_iter().filter_map(|(name, part)| Some((name.to_owned(), part.as_ref()?.to_json()))));
@@ -118,6 +121,7 @@ impl Results {
         }
         self.tail.iter().for_each(|part| tail(&mut rows, part));
         self.overload.iter().for_each(|part| overload(&mut rows, part));
+        self.survival.iter().for_each(|part| survival(&mut rows, part));
         self.memory.iter().for_each(|part| memory(&mut rows, part));
         for (number, column) in rows.0.column_iter_mut().enumerate() {
             column.set_padding((0, 2));
@@ -221,6 +225,26 @@ fn overload(rows: &mut Rows, part: &Part) {
     rows.row("  memory grew by, MiB", part, "memory_growth_mib", 1, Goal::None, "");
 }
 
+fn survival(rows: &mut Rows, part: &Part) {
+    for name in ["speech", "implicit"] {
+        let rate = |way: &str| word(part, &format!("{name}_{way}_requests_per_second"), 0);
+        let reference = format!("{} requests/s with, {} without", rate("surviving"), rate("without_checkpoints"));
+        let goal = Goal::Most(1.1);
+        rows.row(&format!("{name}: cost of checkpoints"), part, &format!("{name}_over_without_checkpoints"), 3, goal, &reference);
+        let reference = format!("{} requests/s on a plain stream", rate("plain"));
+        rows.row("  of surviving at all", part, &format!("{name}_over_plain"), 3, Goal::None, &reference);
+        let checkpoints = word(part, &format!("{name}_checkpoint_bytes_per_request"), 0);
+        let journal = word(part, &format!("{name}_journal_bytes_per_stream"), 0);
+        let reference = format!("{checkpoints} a request; {journal} bytes of journal a stream");
+        rows.row("  checkpoint bytes/s", part, &format!("{name}_checkpoint_bytes_per_second"), 0, Goal::None, &reference);
+        for (process, words) in [("worker", "  worker CPU per request, µs"), ("client", "  router's and caller's CPU, µs")] {
+            let others = ["without_checkpoints", "plain"].map(|way| word(part, &format!("{name}_{way}_{process}_cpu_us"), 1));
+            let reference = format!("{} without checkpoints, {} plain", others[0], others[1]);
+            rows.row(words, part, &format!("{name}_surviving_{process}_cpu_us"), 1, Goal::None, &reference);
+        }
+    }
+}
+
 fn memory(rows: &mut Rows, part: &Part) {
     let (worker, reference) = (word(part, "worker_mib", 1), word(part, "reference_mib", 1));
     let words = format!("worker {worker} MiB, libtorch with the models {reference} MiB");
@@ -257,6 +281,7 @@ mod tests {
             throughput: Some(BTreeMap::from([("mlp", mlp)])),
             tail: None,
             overload: None,
+            survival: None,
             memory: None,
         };
         let json = results.to_json();

@@ -13,12 +13,12 @@ use cresset_tests::{
         results::{Machine, Results},
         routing,
         stage::{Pace, Stage},
-        tail, throughput,
+        survival, tail, throughput,
     },
     harness::binaries::root,
 };
 
-/// Measures routing, overhead, throughput, tail latency, overload and memory of a local cluster, each beside libtorch in process.
+/// Measures routing, overhead, throughput, tail latency, overload, survival of streams and memory of a local cluster, each beside libtorch in process.
 #[derive(Parser)]
 #[command(name = "cresset-bench", version, args_conflicts_with_subcommands = true)]
 struct Args {
@@ -64,6 +64,7 @@ enum Chosen {
     Throughput,
     Tail,
     Overload,
+    Survival,
     Memory,
 }
 
@@ -104,11 +105,16 @@ fn bench(args: &Args) -> anyhow::Result<()> {
         throughput: None,
         tail: None,
         overload: None,
+        survival: None,
         memory: None,
     };
     if wants(Chosen::Routing) {
         say("routing");
         results.routing = Some(routing::measure(pace.rounds, pace.time / 2)?);
+    }
+    if wants(Chosen::Survival) {
+        say("survival");
+        results.survival = Some(survival::measure(pace)?);
     }
     let mut tuning = None;
     if wants(Chosen::Throughput) {
