@@ -71,8 +71,8 @@ struct Inner {
     unread: Workers,
     sessions: Arc<Sessions>,
     answered: Arc<Answered>,
-    repetitions: Repetitions,
-    hedges: Hedges,
+    repetitions: Arc<Repetitions>,
+    hedges: Arc<Hedges>,
     counts: Arc<Counts>,
     started: Instant,
 }
@@ -81,6 +81,9 @@ struct Inner {
 struct Shared {
     sessions: Arc<Sessions>,
     answered: Arc<Answered>,
+    /// What may be run again or twice is a share of all requests, whichever lane they come by.
+    repetitions: Arc<Repetitions>,
+    hedges: Arc<Hedges>,
     counts: Arc<Counts>,
     started: Instant,
 }
@@ -112,6 +115,8 @@ impl Router {
             Shared {
                 sessions: Arc::new(Sessions::new()),
                 answered: Arc::new(Answered::new(bounds)),
+                repetitions: Arc::default(),
+                hedges: Arc::default(),
                 counts: Arc::default(),
                 started: Instant::now(),
             },
@@ -121,16 +126,22 @@ impl Router {
     /// The same router with connections of its own, for a thread that has a runtime of its own.
     #[must_use]
     pub fn with_own_connections(&self) -> Self {
-        let Inner { routes, settings, sessions, answered, counts, started, .. } = &*self.0;
-        let (sessions, answered, counts) = (Arc::clone(sessions), Arc::clone(answered), Arc::clone(counts));
-        Self::connected(routes.clone(), settings.clone(), Shared { sessions, answered, counts, started: *started })
+        let inner = &*self.0;
+        let shared = Shared {
+            sessions: Arc::clone(&inner.sessions),
+            answered: Arc::clone(&inner.answered),
+            repetitions: Arc::clone(&inner.repetitions),
+            hedges: Arc::clone(&inner.hedges),
+            counts: Arc::clone(&inner.counts),
+            started: inner.started,
+        };
+        Self::connected(inner.routes.clone(), inner.settings.clone(), shared)
     }
 
     fn connected(routes: Routes, settings: RouterSettings, shared: Shared) -> Self {
-        let Shared { sessions, answered, counts, started } = shared;
+        let Shared { sessions, answered, repetitions, hedges, counts, started } = shared;
         let workers = Workers::new(settings.connection);
         let unread = Workers::new(settings.connection.for_unread());
-        let (repetitions, hedges) = (Repetitions::default(), Hedges::default());
         Self(Arc::new(Inner { routes, settings, workers, unread, sessions, answered, repetitions, hedges, counts, started }))
     }
 

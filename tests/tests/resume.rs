@@ -22,7 +22,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use crate::support::{PATIENCE, cluster, until_ready};
+use crate::{
+    support::{PATIENCE, cluster, until_ready},
+    telemetry::get,
+};
 
 /// Streams of each kind.
 const STREAMS: usize = 2;
@@ -146,6 +149,17 @@ pub async fn more(counts: &[watch::Receiver<usize>]) {
     }
 }
 
+/// How many sequences coordinators have taken up from one another since each of them started.
+async fn taken_up(cluster: &Cluster) -> u64 {
+    let mut sum = 0;
+    for member in &cluster.file().coordinators {
+        let metrics = get(cluster.http(&member.id).unwrap(), "/metrics").await;
+        let count = metrics.lines().find_map(|line| line.strip_prefix("cresset_router_sequences_taken_up_total "));
+        sum += count.map_or(0, |count| count.parse::<u64>().unwrap());
+    }
+    sum
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_outlive_every_coordinator_and_once_all_workers_with_it() {
     let repository = models::repository().unwrap();
@@ -171,6 +185,7 @@ async fn streams_outlive_every_coordinator_and_once_all_workers_with_it() {
         until_ready(&cluster, names[0]).await;
     }
     more(&counts).await;
+    assert!(taken_up(&cluster).await > 0, "sequences were begun anew, not taken up at their workers");
     // Now nobody holds any sequence but its client.
     let workers: Vec<String> = cluster.file().workers.iter().map(|member| member.id.clone()).collect();
     let both: Vec<&str> = workers.iter().map(String::as_str).chain([&*ids[KILLS % ids.len()]]).collect();

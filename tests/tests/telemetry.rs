@@ -149,7 +149,8 @@ async fn the_rate_of_traces_changes_at_run_time() {
     collector.abort();
 }
 
-async fn get(address: &str, path: &str) -> String {
+/// Asks a process's HTTP port.
+pub async fn get(address: &str, path: &str) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes()).await.unwrap();
     let mut answer = String::new();
