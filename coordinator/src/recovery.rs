@@ -10,7 +10,7 @@ use std::{
 };
 
 use cresset_client::backup::{Backup, BackupError, Deployed, FORMAT, Manifest, RESTORED, TO_RESTORE, Writer, place};
-use cresset_core::{ClusterState, DecodeError, PeerId, WorkerId, snapshot, state::WorkerState};
+use cresset_core::{ClusterState, DecodeError, PeerId, WorkerId, snapshot};
 
 use crate::{
     config::Config,
@@ -146,8 +146,7 @@ pub fn write(state: &ClusterState, files: &Path, out: impl std::io::Write) -> st
 }
 
 fn manifest(state: &ClusterState) -> Manifest {
-    let lives =
-        |(id, worker): (&WorkerId, &cresset_core::state::Worker)| (worker.state != WorkerState::Dead).then(|| id.to_string());
+    let lives = |(id, worker): (&WorkerId, &cresset_core::state::Worker)| (!worker.state.is_over()).then(|| id.to_string());
     Manifest {
         format: FORMAT,
         cluster_id: state.cluster_id.clone(),

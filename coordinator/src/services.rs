@@ -132,6 +132,7 @@ fn reject_status(reject: &Reject) -> Status {
         Reject::UnknownWorker { .. } | Reject::UnknownModel { .. } | Reject::UnknownVersion { .. } => Reason::UnknownModel,
         Reject::AlreadyMember { .. } => Reason::AlreadyExists,
         Reject::StaleIncarnation { .. }
+        | Reject::WorkerAtWork { .. }
         | Reject::StalePlan { .. }
         | Reject::TooMany { .. }
         | Reject::Labelled { .. }

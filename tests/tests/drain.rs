@@ -157,3 +157,24 @@ async fn every_process_is_restarted_under_load_and_nothing_fails_or_is_lost() {
     println!("{} answers, slowest {:?}; {streamed} on streams", outcome.answered, outcome.slowest);
     assert_eq!(outcome.failures, Vec::<String>::new());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_was_drained_is_removed_and_stops_and_is_welcome_when_it_is_started_again() {
+    let repository = plus_one();
+    let mut cluster = cluster(1, 2, &repository, &["plus_one"]);
+    let before = worker_of(&cluster.status().await.unwrap(), "w1").unwrap().incarnation;
+    let refused = command(&cluster, &["worker", "remove", "w1"]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("worker w1 is taking part; `cresset drain w1"), "{refused:?}");
+    assert_eq!(command(&cluster, &["drain", "w1", "--wait"]).code, Some(0));
+    let removed = command(&cluster, &["worker", "remove", "w1", "-o", "json"]);
+    assert_eq!((removed.code, &removed.json()["incarnation"]), (Some(0), &before.into()), "{removed:?}");
+    let gone = |status: &StatusResponse| worker_of(status, "w1").filter(|w| w.state() == WorkerState::Removed).map(drop);
+    cluster.wait_for("w1 is removed", PATIENCE, gone).await.unwrap();
+    cluster.process("w1").unwrap().wait(PATIENCE).unwrap();
+
+    cluster.restart_process("w1").unwrap();
+    let back = |status: &StatusResponse| {
+        worker_of(status, "w1").filter(|w| w.state() == WorkerState::Ready && w.incarnation > before).map(drop)
+    };
+    cluster.wait_for("w1 again", PATIENCE, back).await.unwrap();
+}

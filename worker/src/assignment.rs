@@ -1,7 +1,7 @@
 //! The difference between what a worker should run and what it runs. Pure.
 //!
-//! The leader sends whole intents, each with an epoch. An intent of an older epoch than one that was acted on is refused:
-//! it comes from a leader of the past.
+//! The leader sends whole intents, each with an epoch. An intent of an older epoch than one that was acted on, or than the
+//! one in which the worker registered, is refused: it comes from a leader of the past.
 use std::collections::BTreeMap;
 
 use cresset_proto::fleet::v1::{Assignment, Intent};
@@ -41,6 +41,40 @@ pub struct StaleIntent {
     pub got: u64,
     /// The newest epoch that was acted on.
     pub acted_on: u64,
+}
+
+/// What keeps leaders of the past out. A worker that can reach nobody goes on with what it has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Fence {
+    acted_on: u64,
+    registered_at: u64,
+}
+
+impl Fence {
+    /// The newest epoch that was acted on.
+    pub fn acted_on(&self) -> u64 {
+        self.acted_on
+    }
+
+    /// The oldest epoch that is accepted.
+    pub fn oldest(&self) -> u64 {
+        self.acted_on.max(self.registered_at)
+    }
+
+    /// The worker has registered in this epoch: every leader from then on knows of it.
+    pub fn registered(&mut self, epoch: u64) {
+        self.registered_at = epoch;
+    }
+
+    /// An intent of this epoch is acted on.
+    pub fn act_on(&mut self, epoch: u64) {
+        self.acted_on = epoch;
+    }
+
+    /// Another life begins. What it may act on shows when it registers.
+    pub fn begin_life(&mut self) {
+        self.acted_on = 0;
+    }
 }
 
 /// What to do so that the worker runs `intent`. `running` holds the generation of every replica that is loaded, loading
@@ -89,6 +123,23 @@ mod tests {
     fn an_old_leaders_intent_is_refused() {
         let intent = Intent { epoch: 4, assignments: vec![] };
         assert_eq!(steps(&BTreeMap::new(), &intent, 5), Err(StaleIntent { got: 4, acted_on: 5 }));
+    }
+
+    #[test]
+    fn a_life_takes_nothing_of_before_it_registered() {
+        let mut fence = Fence::default();
+        fence.registered(5);
+        let intent = |epoch| Intent { epoch, assignments: vec![assignment("a", 1)] };
+        assert_eq!(steps(&BTreeMap::new(), &intent(4), fence.oldest()), Err(StaleIntent { got: 4, acted_on: 5 }));
+        assert_eq!(steps(&BTreeMap::new(), &intent(5), fence.oldest()).unwrap().len(), 1);
+        fence.act_on(9);
+        fence.registered(7);
+        assert_eq!(fence.oldest(), 9, "with a leader that lacks what the last one had, in the same life");
+        fence.begin_life();
+        fence.registered(12);
+        let late = steps(&BTreeMap::new(), &intent(11), fence.oldest());
+        assert_eq!(late, Err(StaleIntent { got: 11, acted_on: 12 }), "it was sent to the life before");
+        assert_eq!(fence.acted_on(), 0);
     }
 
     proptest! {

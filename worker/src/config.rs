@@ -1,5 +1,5 @@
 //! The worker's settings.
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use cresset_proto::ids::WorkerId;
 use cresset_runtime::{
@@ -33,6 +33,7 @@ pub const PROGRAM: Program = Program {
         ),
         Setting::new("device", Some("auto"), "auto|cpu|cuda", "What to run models on"),
         Setting::new("zone", Some(""), "NAME", "The failure zone, such as a rack or an availability zone"),
+        Setting::new("tags", Some(""), "LIST", "Facts about this worker that deployments can demand, as in gpu=h100,tier=a"),
         Setting::new("memory-mib", Some("0"), "MIB", "Memory that models may take on the cpu; 0: all of the machine's"),
         Setting::new("intra-op-threads", Some("0"), "N", "Threads inside one operation of libtorch; 0: one for each core"),
         Setting::new("queue-requests-max", Some("4096"), "N", "Requests that may wait for one model"),
@@ -91,6 +92,19 @@ impl std::str::FromStr for DeviceChoice {
     }
 }
 
+/// `gpu=h100`.
+struct Tag(String, String);
+
+impl std::str::FromStr for Tag {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('=') {
+            Some((tag, value)) if !tag.trim().is_empty() => Ok(Self(tag.trim().to_owned(), value.trim().to_owned())),
+            Some(_) | None => Err("it must be written as TAG=VALUE"),
+        }
+    }
+}
+
 /// The settings, read and checked.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -108,6 +122,8 @@ pub struct Config {
     pub device: DeviceChoice,
     /// The failure zone.
     pub zone: String,
+    /// Facts about this worker that deployments can demand.
+    pub tags: BTreeMap<String, String>,
     /// Where files that came from coordinators are kept.
     pub cache_dir: PathBuf,
     /// Memory that models may take on the CPU, in bytes; `None`: all of the machine's.
@@ -173,6 +189,12 @@ impl Config {
             sequences_max: settings.required("detached-sequences-max"),
             bytes_max: mib(&mut settings, "detached-mib-max", usize::MAX),
         };
+        let mut tags = BTreeMap::new();
+        for Tag(tag, value) in settings.list::<Tag>("tags") {
+            if tags.insert(tag.clone(), value).is_some() {
+                settings.problem("tags", format!("'{tag}' is given twice"));
+            }
+        }
         let streams_per_connection_max: u32 = settings.required("streams-per-connection-max");
         for (name, is_none) in [
             ("queue-requests-max", bounds.requests_max == 0),
@@ -192,6 +214,7 @@ impl Config {
             model_repository,
             device: settings.required("device"),
             zone: settings.optional("zone").unwrap_or_default(),
+            tags,
             memory_bytes: (memory_bytes > 0).then_some(memory_bytes),
             intra_op_threads: settings.required("intra-op-threads"),
             bounds,

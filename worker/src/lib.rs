@@ -96,7 +96,7 @@ pub struct Listeners {
 /// Why a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// It was asked to.
+    /// It was asked to, or was removed from the cluster.
     Stopped,
     /// A device can only be used again by a new process: this one should be [started
     /// again](cresset_runtime::process::start_again).
@@ -126,6 +126,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         grpc_address: server::address(&listeners.grpc)?.to_string(),
         http_address: server::address(&listeners.http)?.to_string(),
         zone: config.zone.clone(),
+        tags: config.tags.clone(),
         devices: devices
             .iter()
             .map(|(device, memory_bytes)| v1::Device { name: device.to_string(), memory_bytes: *memory_bytes })
@@ -155,8 +156,10 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let http = tasks.spawn(server::serve_http(listeners.http, ready, closed.clone()));
     let grpc = tokio::spawn(server::serve_grpc(listeners.grpc, routes, limits, closed.clone()));
 
+    let mut watched = tie.clone();
     let ended = tokio::select! {
         () = stop.cancelled() => Ended::Stopped,
+        Ok(_) = watched.wait_for(|tie| *tie == Tie::Removed) => Ended::Stopped,
         () = worker.models.devices().given_up().cancelled() => Ended::GivenUp,
     };
     leaving.cancel();
@@ -207,7 +210,7 @@ async fn watch(models: Models, health: server::HealthReporter, leaving: Cancella
 async fn drain(worker: &Arc<Worker>, mut tie: tokio::sync::watch::Receiver<Tie>, limit: Duration) {
     let deadline = tokio::time::Instant::now() + limit;
     // If nobody can be told, half of the time is left for the work that is open.
-    let _ = tokio::time::timeout(limit / 2, tie.wait_for(|tie| *tie == Tie::Left)).await;
+    let _ = tokio::time::timeout(limit / 2, tie.wait_for(|tie| matches!(tie, Tie::Left | Tie::Removed))).await;
     worker.drain();
     let mut check = tokio::time::interval(Duration::from_millis(10));
     while !idle(worker) && tokio::time::Instant::now() < deadline {

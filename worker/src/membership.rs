@@ -3,7 +3,7 @@
 //! While no coordinator can be reached the worker goes on serving what it holds: routers keep their routes too. A worker
 //! that was judged dead, because it was paused or cut off, begins another life: what it has loaded stays, and what was
 //! sent to its old life is refused.
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use cresset_proto::fleet::v1::{
     Device, Fenced, Heartbeat, JoinRequest, JoinResponse, Leaving, Observed, Registration, join_request, join_response,
@@ -38,6 +38,8 @@ pub struct Introduction {
     pub http_address: String,
     /// Its failure zone.
     pub zone: String,
+    /// Facts about it that its operator chose.
+    pub tags: BTreeMap<String, String>,
     /// What it runs models on.
     pub devices: Vec<Device>,
 }
@@ -51,6 +53,8 @@ pub enum Tie {
     Registered,
     /// The leader knows that this worker is leaving, and has moved its replicas' routes.
     Left,
+    /// This worker was taken out of the cluster.
+    Removed,
 }
 
 /// The membership task's parts.
@@ -98,7 +102,7 @@ impl Membership {
             () = self.keep_joined() => {}
             () = stop.cancelled() => {}
         }
-        self.tie.send_replace(Tie::Left);
+        self.tie.send_if_modified(|tie| *tie != Tie::Removed && std::mem::replace(tie, Tie::Left) != Tie::Left);
     }
 
     async fn keep_joined(&self) {
@@ -117,6 +121,11 @@ impl Membership {
             match parted {
                 Parted::Left => return,
                 Parted::Redirected(leader) if !leader.is_empty() => hint = Some(leader),
+                Parted::Fenced(fenced) if fenced.removed => {
+                    tracing::warn!(reason = fenced.reason, "this worker was removed from the cluster");
+                    self.tie.send_replace(Tie::Removed);
+                    return;
+                }
                 Parted::Fenced(fenced) => self.begin_new_life(&fenced),
                 error => tracing::debug!(%error, "trying the next coordinator"),
             }
@@ -169,6 +178,8 @@ impl Membership {
         let interval_ms = loop {
             match timeout(limit, down.message()).await.map_err(silent)?? {
                 Some(JoinResponse { message: Some(join_response::Message::Registered(registered)) }) => {
+                    // What a leader of the past still has on its way to this worker is of an earlier epoch.
+                    self.worker.models.begin_at(registered.epoch);
                     break registered.heartbeat_interval_ms;
                 }
                 Some(other) => self.take(other)?,
@@ -239,6 +250,7 @@ impl Membership {
             http_address: self.introduction.http_address.clone(),
             zone: self.introduction.zone.clone(),
             devices: self.introduction.devices.clone(),
+            tags: self.introduction.tags.clone().into_iter().collect(),
             software_version: env!("CARGO_PKG_VERSION").into(),
         }
     }

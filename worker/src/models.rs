@@ -25,7 +25,7 @@ use tokio::sync::{Semaphore, watch};
 
 use self::load::{Background, labels, load_spec, read_side_file, takes_what_is_left_out};
 use crate::{
-    assignment::{ReplicaKey, StaleIntent, Step, steps},
+    assignment::{Fence, ReplicaKey, StaleIntent, Step, steps},
     contract::{Contract, ContractError, InstanceKind, Memory},
     decoupled::Decoupled,
     devices::Devices,
@@ -155,7 +155,7 @@ struct Inner {
 
 #[derive(Default)]
 struct Observed {
-    acted_on: u64,
+    fence: Fence,
     replicas: BTreeMap<ReplicaKey, ObservedReplica>,
 }
 
@@ -269,12 +269,17 @@ impl Models {
 
     /// The newest epoch that was acted on.
     pub fn epoch(&self) -> u64 {
-        self.inner.observed.lock().acted_on
+        self.inner.observed.lock().fence.acted_on()
     }
 
     /// A new life of this worker: epochs that it saw belong to the old one.
     pub fn forget_epoch(&self) {
-        self.inner.observed.lock().acted_on = 0;
+        self.inner.observed.lock().fence.begin_life();
+    }
+
+    /// The worker has registered, in this epoch: intents of earlier ones are refused from here on.
+    pub fn begin_at(&self, epoch: u64) {
+        self.inner.observed.lock().fence.registered(epoch);
     }
 
     /// Starts whatever is needed so that this worker runs `intent`.
@@ -285,8 +290,8 @@ impl Models {
         let steps = {
             let mut observed = self.inner.observed.lock();
             let running = observed.replicas.iter().map(|(key, replica)| (key.clone(), replica.generation)).collect();
-            let steps = steps(&running, intent, observed.acted_on)?;
-            observed.acted_on = intent.epoch;
+            let steps = steps(&running, intent, observed.fence.oldest())?;
+            observed.fence.act_on(intent.epoch);
             for step in &steps {
                 match step {
                     Step::Unload(key) => drop(observed.replicas.remove(key)),

@@ -120,6 +120,13 @@ impl AdminService for FakeCoordinator {
         Err(Status::unimplemented("not asked here"))
     }
 
+    async fn remove_worker(
+        &self,
+        _: Request<admin::RemoveWorkerRequest>,
+    ) -> Result<Response<admin::RemoveWorkerResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
     async fn repository(&self, _: Request<admin::RepositoryRequest>) -> Result<Response<admin::RepositoryResponse>, Status> {
         Err(Status::unimplemented("not asked here"))
     }

@@ -13,6 +13,7 @@ mod deployments;
 use crate::{
     Command, CommandBody, Outcome, PeerId, Reject, WorkerId,
     command::{DEVICES_MAX, MOVES_MAX, PEERS_MAX, REASON_BYTES_MAX, Registration, ReplicaReport, TEXT_BYTES_MAX, WORKERS_MAX},
+    demands::check_tags,
     members::{self, MemberChange},
     placement::Shard,
     state::{ClusterState, Epoch, Incarnation, PeerInfo, Replica, ReplicaId, ReplicaState, Worker, WorkerState},
@@ -72,7 +73,9 @@ fn change(state: &mut ClusterState, body: &CommandBody, effects: &mut Vec<Effect
         CommandBody::Undeploy { name } => deployments::undeploy(state, name)?,
         CommandBody::UndeployVersion { name, version } => deployments::undeploy_version(state, name, *version)?,
         CommandBody::SetLabels { name, labels } => deployments::set_labels(state, name, labels)?,
-        CommandBody::Place { epoch_seen, add, remove } => place(state, *epoch_seen, add, remove)?,
+        CommandBody::RemoveWorker { worker, incarnation } => remove_worker(state, worker, *incarnation, effects)?,
+        CommandBody::Place { epoch_seen, add, remove } => place(state, *epoch_seen, &[], add, remove)?,
+        CommandBody::Rearrange { epoch_seen, relieve, add, remove } => place(state, *epoch_seen, relieve, add, remove)?,
         CommandBody::ReportReplicas { worker, incarnation, replicas } => report(state, worker, *incarnation, replicas)?,
     }
     deployments::settle(state);
@@ -107,6 +110,7 @@ fn register(state: &mut ClusterState, registration: &Registration, effects: &mut
     check_text("http_address", &registration.http_address)?;
     check_text("zone", &registration.zone)?;
     check(registration.devices.len() <= DEVICES_MAX, "devices", format!("must be at most {DEVICES_MAX}"))?;
+    check_tags("tags", &registration.tags)?;
     for device in &registration.devices {
         check_text("devices.name", &device.name)?;
     }
@@ -127,6 +131,7 @@ fn register(state: &mut ClusterState, registration: &Registration, effects: &mut
         http_address: registration.http_address.clone(),
         zone: registration.zone.clone(),
         devices: registration.devices.clone(),
+        tags: registration.tags.clone(),
         // The same life under a new leader: what it was told before still holds.
         state: known.as_ref().filter(|_| same_life).map_or(WorkerState::Ready, |worker| worker.state),
     };
@@ -147,7 +152,7 @@ fn register(state: &mut ClusterState, registration: &Registration, effects: &mut
 
 /// Makes room for a new worker. The dead one's fence goes with it, which is harmless once it holds no replica.
 fn forget_longest_dead(state: &mut ClusterState) -> Result<(), Reject> {
-    let dead = state.workers.iter().filter(|(_, worker)| worker.state == WorkerState::Dead);
+    let dead = state.workers.iter().filter(|(_, worker)| worker.state.is_over());
     let longest = dead.min_by_key(|(id, worker)| (worker.incarnation, *id)).map(|(id, _)| id.clone());
     let longest = longest.ok_or_else(|| too_many("workers", WORKERS_MAX))?;
     state.workers.remove(&longest);
@@ -168,23 +173,67 @@ fn mark_dead(state: &mut ClusterState, id: &WorkerId, incarnation: Incarnation, 
     if known.is_some_and(|worker| worker.state == WorkerState::Dead && worker.incarnation == incarnation) {
         return Ok(()); // the verdict was repeated
     }
-    let worker = living(state, id, incarnation)?;
-    worker.state = WorkerState::Dead;
+    living(state, id, incarnation)?;
+    end_life(state, id, incarnation, WorkerState::Dead, effects);
+    Ok(())
+}
+
+/// Nothing may be lost by it: what is at work has to be relieved first.
+fn remove_worker(
+    state: &mut ClusterState,
+    id: &WorkerId,
+    incarnation: Incarnation,
+    effects: &mut Vec<Effect>,
+) -> Result<(), Reject> {
+    let worker = state.workers.get(id).ok_or_else(|| Reject::UnknownWorker { worker: id.clone() })?;
+    if worker.incarnation != incarnation {
+        return Err(stale(id, incarnation, worker.incarnation_floor));
+    }
+    let at_work = |doing: String| Reject::WorkerAtWork { worker: id.clone(), doing };
+    match worker.state {
+        WorkerState::Removed => return Ok(()), // it was repeated
+        WorkerState::Ready => return Err(at_work("taking part".into())),
+        WorkerState::Draining | WorkerState::Dead => {}
+    }
+    let held = state.replicas_on(id).count();
+    if held > 0 {
+        return Err(at_work(format!("leaving, and still holds {held} replica{}", if held == 1 { "" } else { "s" })));
+    }
+    end_life(state, id, incarnation, WorkerState::Removed, effects);
+    Ok(())
+}
+
+/// A life is over. Nothing of it is accepted any more.
+fn end_life(state: &mut ClusterState, id: &WorkerId, incarnation: Incarnation, as_what: WorkerState, effects: &mut Vec<Effect>) {
+    let Some(worker) = state.workers.get_mut(id) else { return };
+    worker.state = as_what;
     worker.incarnation_floor = incarnation.saturating_add(1);
     let incarnation_min = worker.incarnation_floor;
     state.replicas.retain(|replica, _| replica.worker != *id);
     advance(state);
     effects.push(Effect::WorkerFenced { worker: id.clone(), incarnation_min });
-    Ok(())
 }
 
 /// Makes those moves of the plan that are still right. A plan is made from a state that may be gone when it is
 /// committed, and to refuse the whole of it for one worker's report would only cost a round; but no move may break what
 /// placement promises, so each is judged alone by [`may_add`] and [`may_remove`].
-fn place(state: &mut ClusterState, epoch_seen: Epoch, add: &[ReplicaId], remove: &[ReplicaId]) -> Result<(), Reject> {
-    let moves = add.len().saturating_add(remove.len());
+fn place(
+    state: &mut ClusterState,
+    epoch_seen: Epoch,
+    relieve: &[ReplicaId],
+    add: &[ReplicaId],
+    remove: &[ReplicaId],
+) -> Result<(), Reject> {
+    let moves = add.len().saturating_add(remove.len()).saturating_add(relieve.len());
     check(moves <= MOVES_MAX, "moves", format!("must be at most {MOVES_MAX}"))?;
     let mut changed = false;
+    for id in relieve {
+        // What isn't deployed has no replicas, and on a worker that leaves a replica moves anyway.
+        if let Some(replica) = state.replicas.get_mut(id).filter(|replica| !replica.moving) {
+            replica.moving = true;
+            changed = true;
+        }
+    }
     for id in remove {
         if may_remove(state, id) {
             state.replicas.remove(id);
@@ -209,7 +258,8 @@ fn place(state: &mut ClusterState, epoch_seen: Epoch, add: &[ReplicaId], remove:
 /// The generation of the new replica, if the shard is deployed, lacks one, and the worker takes it and has none yet.
 fn may_add(state: &ClusterState, id: &ReplicaId) -> Option<u64> {
     let deployment = state.models.get(&id.key())?;
-    let takes_work = state.workers.get(&id.worker)?.state == WorkerState::Ready;
+    let worker = state.workers.get(&id.worker)?;
+    let takes_work = worker.state == WorkerState::Ready && deployment.demands.are_met_by(&id.worker, worker);
     let fits = takes_work && id.shard < deployment.shards && !state.replicas.contains_key(id);
     let shard = Shard::survey(state, &id.key(), id.shard);
     (fits && shard.staying.len() < deployment.replicas_wanted as usize).then_some(deployment.generation)
@@ -219,7 +269,7 @@ fn may_add(state: &ClusterState, id: &ReplicaId) -> Option<u64> {
 fn may_remove(state: &ClusterState, id: &ReplicaId) -> bool {
     let (Some(replica), Some(deployment)) = (state.replicas.get(id), state.models.get(&id.key())) else { return false };
     let shard = Shard::survey(state, &id.key(), id.shard);
-    let leaves = shard.leaving.contains(&&id.worker);
+    let leaves = shard.gives_up(&id.worker);
     let answers_elsewhere = shard.answering.iter().any(|worker| **worker != id.worker);
     let surplus = shard.staying.len() > deployment.replicas_wanted as usize;
     (leaves || surplus) && (answers_elsewhere || replica.answering().is_none())
@@ -260,7 +310,7 @@ pub fn is_news(replica: &Replica, report: &ReplicaReport) -> bool {
 }
 
 fn assigned(generation: u64, epoch: Epoch) -> Replica {
-    Replica { generation, state: ReplicaState::Assigned, reason: String::new(), epoch, memory_bytes: 0, former: 0 }
+    Replica { generation, state: ReplicaState::Assigned, reason: String::new(), epoch, memory_bytes: 0, former: 0, moving: false }
 }
 
 fn reset(replica: &mut Replica, epoch: Epoch) {
@@ -271,7 +321,7 @@ fn reset(replica: &mut Replica, epoch: Epoch) {
 fn living<'a>(state: &'a mut ClusterState, id: &WorkerId, incarnation: Incarnation) -> Result<&'a mut Worker, Reject> {
     match state.workers.get_mut(id) {
         None => Err(Reject::UnknownWorker { worker: id.clone() }),
-        Some(worker) if worker.incarnation != incarnation || worker.state == WorkerState::Dead => {
+        Some(worker) if worker.incarnation != incarnation || worker.state.is_over() => {
             Err(stale(id, incarnation, worker.incarnation_floor))
         }
         Some(worker) => Ok(worker),

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     PeerId, WorkerId,
     codec::{self, DecodeError, blob},
+    demands::{Demands, Tags},
     members::MemberChange,
     state::{Device, Epoch, Generation, Incarnation, PeerInfo, ReplicaId, ReplicaState},
 };
@@ -172,6 +173,24 @@ pub enum CommandBody {
     },
     /// Add, promote or remove a coordinator.
     ChangeMembers(MemberChange),
+    /// A worker that is dead, or that leaves and holds nothing any more, doesn't belong to the cluster any longer.
+    RemoveWorker {
+        /// Who.
+        worker: WorkerId,
+        /// Which of its lives.
+        incarnation: Incarnation,
+    },
+    /// The leader's plan, where replicas that answer are to move. As [`Self::Place`], with each move judged by itself.
+    Rearrange {
+        /// The epoch that the plan was made from; for messages only.
+        epoch_seen: Epoch,
+        /// Replicas that stay until others are ready in their place.
+        relieve: Vec<ReplicaId>,
+        /// Replicas to begin.
+        add: Vec<ReplicaId>,
+        /// Replicas to end.
+        remove: Vec<ReplicaId>,
+    },
 }
 
 /// A worker, as it introduces itself.
@@ -189,6 +208,9 @@ pub struct Registration {
     pub zone: String,
     /// What it computes on.
     pub devices: Vec<Device>,
+    /// Facts about it that its operator chose.
+    #[serde(default, skip_serializing_if = "Tags::is_empty")]
+    pub tags: Tags,
 }
 
 /// What to serve.
@@ -245,6 +267,9 @@ pub struct VersionSpec {
     pub size_bytes: u64,
     /// Replicas wanted of each shard.
     pub replicas_wanted: u32,
+    /// What it demands of the workers that run it.
+    #[serde(default, skip_serializing_if = "Demands::is_none")]
+    pub demands: Demands,
 }
 
 impl From<&DeploySpec> for DeploySet {
@@ -254,6 +279,7 @@ impl From<&DeploySpec> for DeploySet {
             digest: spec.digest.clone(),
             size_bytes: spec.size_bytes,
             replicas_wanted: spec.replicas_wanted,
+            demands: Demands::default(),
         };
         Self {
             name: spec.name.clone(),
@@ -384,6 +410,16 @@ pub enum Reject {
         incarnation: Incarnation,
         /// The smallest that is accepted.
         incarnation_min: Incarnation,
+    },
+    /// The worker is at work.
+    #[error(
+        "worker {worker} is {doing}; `cresset drain {worker} --wait` has what it runs begin elsewhere first, then it can be removed"
+    )]
+    WorkerAtWork {
+        /// Who was named.
+        worker: WorkerId,
+        /// What it is or does.
+        doing: String,
     },
     /// The model isn't deployed.
     #[error("model '{name}' isn't deployed")]

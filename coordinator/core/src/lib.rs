@@ -11,7 +11,9 @@
 //! - [`snapshot`]: the state as bytes.
 //! - [`members`]: who the coordinators are that agree.
 //! - [`placement`]: which moves would bring the replicas closer to what is wanted.
+//! - [`demands`]: what a deployment demands of the workers that run it.
 //! - [`liveness`]: who should be judged dead.
+//! - [`standing`]: what a worker is, in one word.
 //! - [`routes`]: what routers and workers are told.
 //! - [`status`]: what people are told about models.
 //! - [`wire`]: the same views as messages of `cresset.fleet.v1`.
@@ -20,12 +22,14 @@
 pub mod apply;
 mod codec;
 pub mod command;
+pub mod demands;
 pub mod liveness;
 pub mod members;
 pub mod opinions;
 pub mod placement;
 pub mod routes;
 pub mod snapshot;
+pub mod standing;
 pub mod state;
 pub mod status;
 #[cfg(test)]

@@ -7,11 +7,7 @@
 //! itself stood still (a stopped process, a machine that slept).
 use std::collections::BTreeMap;
 
-use crate::{
-    ClusterState, WorkerId,
-    command::Cause,
-    state::{Incarnation, WorkerState},
-};
+use crate::{ClusterState, WorkerId, command::Cause, state::Incarnation};
 
 /// How long is too long.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,7 +16,7 @@ pub struct Policy {
     pub timeout_ms: u64,
     /// A verdict that isn't committed is repeated after this.
     pub repeat_ms: u64,
-    /// Silence after which a worker that routers leave alone is asked whether it still lives.
+    /// Silence after which a worker is suspect, and one that routers leave alone is asked whether it still lives.
     pub doubt_ms: u64,
     /// A gap between two ticks from which on the leader itself is taken to have stood still.
     pub stall_ms: u64,
@@ -53,18 +49,31 @@ pub enum Verdict {
     },
 }
 
+/// Why a life isn't trusted with anything new.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Doubt {
+    /// It is new, and hasn't been heard of since it registered.
+    Joining,
+    /// It has been silent for a while, its connection broke, or most routers leave it alone.
+    Suspect,
+}
+
 /// What the leader has heard of the workers.
 #[derive(Debug, Clone)]
 pub struct Liveness {
     policy: Policy,
     ticked_ms: u64,
     workers: BTreeMap<WorkerId, Watch>,
+    /// The workers that were there when the leader began are known. Those that come later are new.
+    has_begun: bool,
 }
 
 #[derive(Debug, Clone)]
 struct Watch {
     incarnation: Incarnation,
     heard_ms: u64,
+    /// No heartbeat of this life has come yet, and it began under this leader.
+    is_joining: bool,
     suspicion: Suspicion,
     /// When the last verdict was given.
     judged_ms: Option<u64>,
@@ -80,12 +89,20 @@ enum Suspicion {
 }
 
 impl Watch {
-    fn new(incarnation: Incarnation, now_ms: u64) -> Self {
-        Self { incarnation, heard_ms: now_ms, suspicion: Suspicion::None, judged_ms: None }
+    fn new(incarnation: Incarnation, now_ms: u64, is_joining: bool) -> Self {
+        Self { incarnation, heard_ms: now_ms, is_joining, suspicion: Suspicion::None, judged_ms: None }
     }
 
     fn heard(&mut self, now_ms: u64) {
-        *self = Self::new(self.incarnation, now_ms.max(self.heard_ms));
+        *self = Self::new(self.incarnation, now_ms.max(self.heard_ms), self.is_joining);
+    }
+
+    fn doubt(&self, now_ms: u64, doubt_ms: u64) -> Option<Doubt> {
+        if self.suspicion != Suspicion::None || now_ms.saturating_sub(self.heard_ms) >= doubt_ms {
+            Some(Doubt::Suspect)
+        } else {
+            self.is_joining.then_some(Doubt::Joining)
+        }
     }
 
     fn cause(&self, now_ms: u64, timeout_ms: u64) -> Option<Cause> {
@@ -102,30 +119,48 @@ impl Watch {
 impl Liveness {
     /// Begins to listen. A new leader knows nothing, so every worker has a full timeout from the moment it is followed.
     pub fn new(policy: Policy, now_ms: u64) -> Self {
-        Self { policy, ticked_ms: now_ms, workers: BTreeMap::new() }
+        Self { policy, ticked_ms: now_ms, workers: BTreeMap::new(), has_begun: false }
     }
 
     /// Brings the list of workers in line with the committed state: new lives are listened for from now on, dead and unknown
     /// ones no longer.
     pub fn follow(&mut self, state: &ClusterState, now_ms: u64) {
-        let alive = |id: &WorkerId| state.workers.get(id).filter(|worker| worker.state != WorkerState::Dead);
+        let alive = |id: &WorkerId| state.workers.get(id).filter(|worker| !worker.state.is_over());
         self.workers.retain(|id, watch| alive(id).is_some_and(|worker| worker.incarnation <= watch.incarnation));
-        for (id, worker) in state.workers.iter().filter(|(_, worker)| worker.state != WorkerState::Dead) {
-            self.workers.entry(id.clone()).or_insert_with(|| Watch::new(worker.incarnation, now_ms));
+        for (id, worker) in state.workers.iter().filter(|(_, worker)| !worker.state.is_over()) {
+            self.workers.entry(id.clone()).or_insert_with(|| Watch::new(worker.incarnation, now_ms, self.has_begun));
         }
+        self.has_begun = true;
     }
 
     /// A registration was committed.
     pub fn registered(&mut self, worker: &WorkerId, incarnation: Incarnation, now_ms: u64) {
-        let known = self.workers.get(worker).map_or(0, |watch| watch.incarnation);
-        if incarnation >= known {
-            self.workers.insert(worker.clone(), Watch::new(incarnation, now_ms));
+        let known = self.workers.get(worker).map_or((0, true), |watch| (watch.incarnation, watch.is_joining));
+        if incarnation >= known.0 {
+            // The same life again has only a new stream.
+            let is_joining = incarnation > known.0 || known.1;
+            self.workers.insert(worker.clone(), Watch::new(incarnation, now_ms, is_joining));
         }
+    }
+
+    /// The lives that aren't trusted with anything new, and why.
+    pub fn doubts(&self, now_ms: u64) -> impl Iterator<Item = (&WorkerId, Incarnation, Doubt)> {
+        let doubt_ms = self.policy.doubt_ms;
+        let doubts =
+            move |(worker, watch): (_, &Watch)| watch.doubt(now_ms, doubt_ms).map(|doubt| (worker, watch.incarnation, doubt));
+        self.workers.iter().filter_map(doubts)
+    }
+
+    /// Why a life isn't trusted with anything new, if it isn't.
+    pub fn doubt(&self, worker: &WorkerId, incarnation: Incarnation, now_ms: u64) -> Option<Doubt> {
+        let watch = self.workers.get(worker).filter(|watch| watch.incarnation == incarnation)?;
+        watch.doubt(now_ms, self.policy.doubt_ms)
     }
 
     /// A heartbeat came in. It clears every doubt about this life of the worker.
     pub fn heartbeat(&mut self, worker: &WorkerId, incarnation: Incarnation, now_ms: u64) {
         if let Some(watch) = self.watch(worker, incarnation) {
+            watch.is_joining = false;
             watch.heard(now_ms);
         }
     }
@@ -208,7 +243,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::testkit::{registered, w};
+    use crate::{
+        state::WorkerState,
+        testkit::{registered, w},
+    };
 
     fn dead(name: &str, incarnation: u64, cause: Cause) -> Vec<Verdict> {
         vec![Verdict::Dead { worker: w(name), incarnation, cause }]
@@ -321,6 +359,34 @@ mod tests {
         state.workers.remove(&w("w2"));
         liveness.follow(&state, 100);
         assert_eq!(ticks(&mut liveness, 100, 5_000), vec![]);
+    }
+
+    #[test]
+    fn a_worker_is_joining_until_it_is_heard_and_suspect_before_it_is_dead() {
+        let mut liveness = Liveness::new(Policy::default(), 0);
+        liveness.follow(&registered(&["w1"]), 0);
+        assert_eq!(liveness.doubts(0).count(), 0, "it was there before this leader");
+        let state = registered(&["w1", "w2"]);
+        liveness.follow(&state, 100);
+        let doubts = |liveness: &Liveness, now_ms| -> Vec<(String, Doubt)> {
+            liveness.doubts(now_ms).map(|(worker, _, doubt)| (worker.to_string(), doubt)).collect()
+        };
+        assert_eq!(doubts(&liveness, 100), [("w2".into(), Doubt::Joining)]);
+        liveness.registered(&w("w2"), 1, 200);
+        assert_eq!(doubts(&liveness, 200), [("w2".into(), Doubt::Joining)], "nothing came on its stream yet");
+        liveness.registered(&w("w1"), 1, 200);
+        liveness.heartbeat(&w("w2"), 1, 300);
+        assert_eq!(doubts(&liveness, 300), [], "w1 has only joined a new leader");
+        assert_eq!(doubts(&liveness, 1_699), []);
+        liveness.heartbeat(&w("w2"), 1, 1_700);
+        assert_eq!(doubts(&liveness, 1_700), [("w1".into(), Doubt::Suspect)], "silent for 1.5 s");
+        liveness.registered(&w("w1"), 2, 1_800);
+        assert_eq!(doubts(&liveness, 1_800), [("w1".into(), Doubt::Joining)], "another life");
+        liveness.heartbeat(&w("w1"), 2, 1_900);
+        liveness.connection_lost(&w("w1"), 2);
+        assert_eq!(doubts(&liveness, 1_900), [("w1".into(), Doubt::Suspect)]);
+        liveness.probe_ok(&w("w1"), 2);
+        assert_eq!(doubts(&liveness, 1_900), []);
     }
 
     proptest! {

@@ -2,8 +2,8 @@
 //!
 //! A router that leaves a worker alone says so now and then, beside those that do answer it. The leader takes the word of more
 //! than half of the routers that said anything of a worker lately: one whose own way to a worker is cut must not take it from all
-//! the others. Such a worker is *doubted*. If it doesn't even say that it lives, `liveness` asks it sooner; if it does, and the doubt
-//! lasts, `placement` gives it nothing new. Nothing of this is agreed on: it ends with the doubt.
+//! the others. Such a worker is *doubted*: `placement` gives it nothing new. If it doesn't even say that it lives, `liveness` asks it
+//! sooner; if it does, and the doubt lasts, `placement` moves what it has. The doubt isn't agreed on, only the moves are.
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{WorkerId, state::Incarnation};
@@ -18,13 +18,13 @@ pub const WORKERS_MAX: usize = 10_000;
 pub struct Policy {
     /// A router's word counts for so long.
     pub kept_ms: u64,
-    /// With a doubt that lasts so long, a worker gets nothing new.
-    pub avoid_after_ms: u64,
+    /// With a doubt that lasts so long, what a worker has moves elsewhere.
+    pub abandon_after_ms: u64,
 }
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { kept_ms: 2_500, avoid_after_ms: 10_000 }
+        Self { kept_ms: 2_500, abandon_after_ms: 10_000 }
     }
 }
 
@@ -99,9 +99,9 @@ impl Opinions {
         self.doubts.keys().map(|(worker, incarnation)| (worker, *incarnation))
     }
 
-    /// The lives that have been doubted for so long that they get nothing new.
-    pub fn avoided(&self, now_ms: u64) -> BTreeSet<(WorkerId, Incarnation)> {
-        let lasting = |since_ms: u64| now_ms.saturating_sub(since_ms) >= self.policy.avoid_after_ms;
+    /// The lives that have been doubted for so long that what they have moves elsewhere.
+    pub fn abandoned(&self, now_ms: u64) -> BTreeSet<(WorkerId, Incarnation)> {
+        let lasting = |since_ms: u64| now_ms.saturating_sub(since_ms) >= self.policy.abandon_after_ms;
         self.doubts.iter().filter(|(_, since_ms)| lasting(**since_ms)).map(|(life, _)| life.clone()).collect()
     }
 
@@ -172,13 +172,13 @@ mod tests {
         for now_ms in (0..=9_000).step_by(500) {
             said.said("r1", out.clone(), now_ms);
         }
-        assert!(said.avoided(9_999).is_empty());
-        assert_eq!(said.avoided(10_000), BTreeSet::from([(w("w1"), 7)]));
+        assert!(said.abandoned(9_999).is_empty());
+        assert_eq!(said.abandoned(10_000), BTreeSet::from([(w("w1"), 7)]));
         said.said("r1", back, 10_000);
         said.said("r1", out, 10_500);
-        assert!(said.avoided(20_499).is_empty());
+        assert!(said.abandoned(20_499).is_empty());
         said.said("r1", opinions(&[("w1", 8, true)]), 20_500);
-        assert!(said.avoided(20_500).is_empty(), "another life");
+        assert!(said.abandoned(20_500).is_empty(), "another life");
     }
 
     proptest! {

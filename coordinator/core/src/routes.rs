@@ -6,7 +6,7 @@ use bytes::Bytes;
 use crate::{
     PeerId, WorkerId,
     placement::Shard,
-    state::{ClusterState, Deployment, Epoch, Generation, Incarnation, ModelKey, Replica, WorkerState},
+    state::{ClusterState, Deployment, Epoch, Generation, Incarnation, ModelKey, Replica},
 };
 
 /// Who serves what.
@@ -61,7 +61,7 @@ pub fn routes(state: &ClusterState) -> RouteTable {
         .labels
         .iter()
         .flat_map(|(model, labels)| labels.iter().map(|(label, version)| (model.clone(), label.clone(), *version)));
-    let alive = state.workers.iter().filter(|(_, worker)| worker.state != WorkerState::Dead);
+    let alive = state.workers.iter().filter(|(_, worker)| !worker.state.is_over());
     let workers = alive.map(|(id, worker)| WorkerRoute {
         worker: id.clone(),
         incarnation: worker.incarnation,
@@ -90,19 +90,25 @@ fn told<'a>(state: &'a ClusterState, key: &ModelKey, deployment: &'a Deployment)
     }
 }
 
-/// Workers whose replica answers and is `wanted`. One that leaves is named only while no other answers.
+/// Workers whose replica answers and is `wanted`. One that leaves is named only while no other answers, since it may end at any
+/// time; one that moves is named until the others are all ready.
 pub(crate) fn serving(state: &ClusterState, key: &ModelKey, shard: u32, wanted: impl Fn(&Replica) -> bool) -> Vec<WorkerId> {
     let answers = |worker: &WorkerId| {
         let replica = state.replicas.get(&crate::placement::replica_id(key, shard, worker));
         replica.is_some_and(|replica| replica.answering().is_some() && wanted(replica))
     };
     let found = Shard::survey(state, key, shard);
-    let staying: Vec<WorkerId> = found.answering.into_iter().filter(|worker| answers(worker)).cloned().collect();
-    if !staying.is_empty() {
-        return staying;
+    let replicas_wanted = state.models.get(key).map_or(0, |deployment| deployment.replicas_wanted as usize);
+    let mut named: Vec<WorkerId> = found.answering.iter().copied().filter(|worker| answers(worker)).cloned().collect();
+    if named.is_empty() {
+        let alive = |id: &WorkerId| state.workers.get(id).is_some_and(|worker| !worker.state.is_over());
+        named.extend(found.leaving.iter().copied().filter(|worker| alive(worker) && answers(worker)).cloned());
     }
-    let alive = |id: &WorkerId| state.workers.get(id).is_some_and(|worker| worker.state != WorkerState::Dead);
-    found.leaving.into_iter().filter(|worker| alive(worker) && answers(worker)).cloned().collect()
+    if !found.relieves_moving(replicas_wanted) {
+        named.extend(found.moving.iter().copied().filter(|worker| answers(worker)).cloned());
+    }
+    named.sort();
+    named
 }
 
 /// One replica that a worker should run.

@@ -44,6 +44,7 @@ mod tests {
             zone: String::new(),
             devices: vec![],
             state: WorkerState::Ready,
+            tags: Default::default(),
         };
         state.workers.insert("w1".parse().unwrap(), worker);
         let new = state.clone().reborn("new", "checksum");

@@ -11,6 +11,7 @@ use crate::{
     PeerId, WorkerId,
     codec::blob,
     command::{CommandId, Outcome},
+    demands::{Demands, Tags},
     members::Members,
 };
 
@@ -154,6 +155,9 @@ pub struct Worker {
     pub devices: Vec<Device>,
     /// Whether it may be given work.
     pub state: WorkerState,
+    /// Facts about it that its operator chose, for deployments to demand.
+    #[serde(default, skip_serializing_if = "Tags::is_empty")]
+    pub tags: Tags,
 }
 
 /// What a worker computes on.
@@ -174,6 +178,15 @@ pub enum WorkerState {
     Draining,
     /// Judged dead. It holds nothing until a new life registers.
     Dead,
+    /// Taken out on purpose: it left in order, or an operator gave up on it. It holds nothing until a new life registers.
+    Removed,
+}
+
+impl WorkerState {
+    /// Whether this life is over: it holds nothing, and is heard no more.
+    pub fn is_over(self) -> bool {
+        matches!(self, Self::Dead | Self::Removed)
+    }
 }
 
 /// A model in one of its versions.
@@ -212,6 +225,9 @@ pub struct Deployment {
     /// Its time is over as soon as the versions that were deployed instead have come up.
     #[serde(default)]
     pub leaving: bool,
+    /// What it demands of the workers that run it.
+    #[serde(default, skip_serializing_if = "Demands::is_none")]
+    pub demands: Demands,
 }
 
 /// What a version was before it was deployed anew.
@@ -222,6 +238,9 @@ pub struct Former {
     /// An encoded `inference.ModelConfig`.
     #[serde(with = "blob")]
     pub config: Bytes,
+    /// Size of its files; 0 if an earlier version of Cresset wrote it down.
+    #[serde(default)]
+    pub size_bytes: u64,
 }
 
 /// One copy of a shard on one worker. Being a key, it can't exist twice on the same worker.
@@ -266,6 +285,14 @@ pub struct Replica {
     /// one in the old one's place only when it is loaded and warm, and keeps the old one if that fails.
     #[serde(default)]
     pub former: Generation,
+    /// It is to move: it stays, and answers, until another one is ready in its place.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub moving: bool,
+}
+
+/// Left out when it is written, so that versions of Cresset before it read what has no use for it.
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 impl Replica {

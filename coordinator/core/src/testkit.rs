@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use crate::{
     ClusterState, Command, CommandBody, CommandId, Outcome, PeerId, WorkerId, apply,
     command::{Cause, DeploySet, DeploySpec, Registration, ReplicaReport, VersionSpec},
+    demands::{Demands, Tags},
     placement,
     state::{Device, ReplicaId, ReplicaState},
 };
@@ -29,6 +30,7 @@ pub(crate) fn registration(name: &str, incarnation: u64) -> Registration {
         http_address: format!("{name}:2"),
         zone: String::new(),
         devices: vec![Device { name: "cpu".into(), memory_bytes: 1024 * MIB }],
+        tags: Tags::new(),
     }
 }
 
@@ -65,6 +67,13 @@ pub(crate) fn spec(name: &str, version: u64, replicas_wanted: u32) -> DeploySpec
     }
 }
 
+/// Deploys a model that demands something of its workers.
+pub(crate) fn deploy_demanding(state: &mut ClusterState, name: &str, replicas_wanted: u32, demands: Demands) -> Outcome {
+    let mut set = DeploySet::from(&spec(name, 1, replicas_wanted));
+    set.versions[0].demands = demands;
+    run(state, CommandBody::DeploySet(set))
+}
+
 pub(crate) fn deploy(state: &mut ClusterState, name: &str, version: u64, replicas_wanted: u32) -> Outcome {
     run(state, CommandBody::Deploy(spec(name, version, replicas_wanted)))
 }
@@ -76,6 +85,7 @@ pub(crate) fn versions(name: &str, numbers: &[u64], only: bool) -> DeploySet {
         digest: format!("{version:064x}"),
         size_bytes: 10 * MIB,
         replicas_wanted: 2,
+        demands: Demands::default(),
     };
     DeploySet { versions: numbers.iter().map(version).collect(), only, ..DeploySet::from(&spec(name, 1, 2)) }
 }
@@ -94,7 +104,18 @@ pub(crate) fn plan(state: &ClusterState) -> placement::Plan {
 /// Plans once and applies it.
 pub(crate) fn place(state: &mut ClusterState) -> Outcome {
     let plan = plan(state);
-    run(state, CommandBody::Place { epoch_seen: plan.epoch, add: plan.add, remove: plan.remove })
+    run(state, plan.into_command())
+}
+
+/// Plans by what is seen, applies that, and says what it was.
+pub(crate) fn place_seeing(state: &mut ClusterState, seen: &placement::Seen) -> placement::Plan {
+    let plan = placement::plan_seeing(state, &placement::Policy::default(), seen);
+    run(state, plan.clone().into_command());
+    plan
+}
+
+pub(crate) fn remove_worker(state: &mut ClusterState, worker: &str, incarnation: u64) -> Outcome {
+    run(state, CommandBody::RemoveWorker { worker: w(worker), incarnation })
 }
 
 fn report(state: &mut ClusterState, worker: &str, version: Option<u64>, to: ReplicaState, reason: &str) -> Outcome {

@@ -117,6 +117,7 @@ impl TryFrom<fleet::Registration> for Registration {
             http_address: message.http_address,
             zone: message.zone,
             devices: message.devices.into_iter().map(device).collect(),
+            tags: message.tags.into_iter().collect(),
         })
     }
 }

@@ -11,9 +11,11 @@ use std::{
 
 use cresset_core::{
     ClusterState, WorkerId,
+    liveness::Doubt,
     opinions::{Opinion, Opinions, Tally},
-    placement::{self, Plan},
-    state::Incarnation,
+    placement::{self, Plan, Seen},
+    standing::Standing,
+    state::{Incarnation, Worker},
 };
 use cresset_proto::fleet::v1 as fleet;
 use parking_lot::RwLock;
@@ -85,7 +87,12 @@ struct Tables {
     beats: BTreeMap<WorkerId, Beat>,
     /// The stream that speaks for each worker; an older one of the same worker is a leftover.
     sessions: BTreeMap<WorkerId, u64>,
+    /// The lives that the leader doubts. Empty unless this coordinator leads.
+    doubts: Doubts,
 }
+
+/// Lives that aren't trusted with anything new, and why.
+pub(super) type Doubts = BTreeMap<WorkerId, (Incarnation, Doubt)>;
 
 impl Fleet {
     /// An empty fleet; `policy` is what [`plan`](Self::plan) goes by.
@@ -101,21 +108,36 @@ impl Fleet {
     /// The placement plan for a state, by what is known of the workers here. It is what the leader acts on; on other
     /// coordinators it is a good guess, for the status.
     pub fn plan(&self, state: &ClusterState) -> Plan {
-        let memory_free_bytes = {
+        let is_current = |id: &WorkerId, incarnation: Incarnation| {
+            state.workers.get(id).is_some_and(|worker| worker.incarnation == incarnation)
+        };
+        let mut seen = Seen::default();
+        {
             let tables = self.0.tables.read();
             // A past life's memory says nothing about the new one's.
-            let current = tables
-                .beats
-                .iter()
-                .filter(|(id, beat)| state.workers.get(*id).is_some_and(|worker| worker.incarnation == beat.incarnation));
-            current.map(|(id, beat)| (id.clone(), beat.memory_free_bytes)).collect()
-        };
-        let avoided = self.avoided();
-        let current = |(id, incarnation): &(WorkerId, Incarnation)| {
-            state.workers.get(id).is_some_and(|known| known.incarnation == *incarnation)
-        };
-        let avoided = avoided.into_iter().filter(current).map(|(id, _)| id).collect();
-        placement::plan_avoiding(state, &self.0.policy, &memory_free_bytes, &avoided)
+            let beats = tables.beats.iter().filter(|(id, beat)| is_current(id, beat.incarnation));
+            seen.memory_free_bytes = beats.map(|(id, beat)| (id.clone(), beat.memory_free_bytes)).collect();
+            let doubts = tables.doubts.iter().filter(|(id, (incarnation, _))| is_current(id, *incarnation));
+            seen.avoided = doubts.map(|(id, _)| id.clone()).collect();
+        }
+        let abandoned = self.abandoned().into_iter().filter(|(id, incarnation)| is_current(id, *incarnation));
+        seen.abandoned = abandoned.map(|(id, _)| id).collect();
+        seen.avoided.extend(seen.abandoned.iter().cloned());
+        placement::plan_seeing(state, &self.0.policy, &seen)
+    }
+
+    /// What a worker is, as far as is known here.
+    pub fn standing(&self, id: &WorkerId, worker: &Worker) -> Standing {
+        let doubt = self.0.tables.read().doubts.get(id).filter(|(incarnation, _)| *incarnation == worker.incarnation).copied();
+        Standing::of(worker.state, doubt.map(|(_, doubt)| doubt))
+    }
+
+    /// The lives that the leader doubts from now on. Returns whether they are others than before.
+    pub(super) fn doubt(&self, doubts: Doubts) -> bool {
+        let mut tables = self.0.tables.write();
+        let differs = tables.doubts != doubts;
+        tables.doubts = doubts;
+        differs
     }
 
     /// A router says what it makes of the workers.
@@ -135,9 +157,9 @@ impl Fleet {
         opinions.doubted().map(|(worker, incarnation)| (worker.clone(), incarnation)).collect()
     }
 
-    /// Those that get nothing new for it.
-    pub(super) fn avoided(&self) -> BTreeSet<(WorkerId, Incarnation)> {
-        self.0.opinions.read().avoided(self.0.clock.now_ms())
+    /// Those whose replicas move for it.
+    pub(super) fn abandoned(&self) -> BTreeSet<(WorkerId, Incarnation)> {
+        self.0.opinions.read().abandoned(self.0.clock.now_ms())
     }
 
     /// How many workers have a stream here.

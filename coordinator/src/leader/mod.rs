@@ -16,9 +16,9 @@ use std::{collections::BTreeSet, time::Duration};
 use cresset_core::{
     CommandBody, Outcome, WorkerId,
     command::Cause,
-    liveness::{self, Liveness, Verdict},
+    liveness::{self, Doubt, Liveness, Verdict},
     placement,
-    state::Incarnation,
+    state::{Incarnation, WorkerState},
 };
 use futures::StreamExt;
 use tokio::{
@@ -133,6 +133,7 @@ impl<C: Cluster> Leader<C> {
                 () = term.run() => false,
             };
             metrics::LEADING.set(0);
+            self.fleet.doubt(fleet::Doubts::new());
             tracing::info!(term = role.term, "not leading any more");
             if ended {
                 return;
@@ -166,8 +167,8 @@ struct Term<'a, C> {
     placing: bool,
     /// No plan before this: the last one failed.
     place_after: Instant,
-    /// Lives that get nothing new, as of the last plan.
-    avoided: BTreeSet<(WorkerId, Incarnation)>,
+    /// Lives whose replicas move, as of the last plan.
+    abandoned: BTreeSet<(WorkerId, Incarnation)>,
 }
 
 impl<'a, C: Cluster> Term<'a, C> {
@@ -182,7 +183,7 @@ impl<'a, C: Cluster> Term<'a, C> {
             short: false,
             placing: false,
             place_after: Instant::now(),
-            avoided: BTreeSet::new(),
+            abandoned: BTreeSet::new(),
         }
     }
 
@@ -227,12 +228,25 @@ impl<'a, C: Cluster> Term<'a, C> {
             verdicts.extend(self.liveness.doubted(&worker, incarnation, now_ms));
         }
         self.act(verdicts);
-        let avoided = self.leader.fleet.avoided();
-        if avoided != self.avoided {
-            tracing::warn!(workers = ?avoided.iter().map(|(worker, _)| worker.as_str()).collect::<Vec<_>>(), "routers leave workers alone for long");
-            self.avoided = avoided;
+        self.doubt();
+        let abandoned = self.leader.fleet.abandoned();
+        if abandoned != self.abandoned {
+            let workers: Vec<&str> = abandoned.iter().map(|(worker, _)| worker.as_str()).collect();
+            tracing::warn!(?workers, "most routers have left workers alone for long: what they have moves");
+            self.abandoned = abandoned;
             self.plan_due = true;
         }
+    }
+
+    /// Brings what is known of doubts up to date.
+    fn doubt(&mut self) {
+        let now_ms = self.leader.now_ms();
+        let mut doubts: fleet::Doubts =
+            self.liveness.doubts(now_ms).map(|(worker, incarnation, doubt)| (worker.clone(), (incarnation, doubt))).collect();
+        for (worker, incarnation) in self.leader.fleet.doubted() {
+            doubts.insert(worker, (incarnation, Doubt::Suspect));
+        }
+        self.plan_due |= self.leader.fleet.doubt(doubts);
     }
 
     fn follow(&mut self) {
@@ -244,14 +258,22 @@ impl<'a, C: Cluster> Term<'a, C> {
     fn on_event(&mut self, event: Event) {
         let now_ms = self.leader.now_ms();
         match event {
-            Event::Registered { worker, incarnation } => self.liveness.registered(&worker, incarnation, now_ms),
+            Event::Registered { worker, incarnation } => {
+                self.liveness.registered(&worker, incarnation, now_ms);
+                self.doubt();
+            }
             Event::Heartbeat { worker, incarnation, memory_changed } => {
+                let was_in_doubt = self.liveness.doubt(&worker, incarnation, now_ms).is_some();
                 self.liveness.heartbeat(&worker, incarnation, now_ms);
                 self.plan_due |= memory_changed && self.short;
+                if was_in_doubt {
+                    self.doubt();
+                }
             }
             Event::Lost { worker, incarnation } => {
                 let verdicts = self.liveness.connection_lost(&worker, incarnation);
                 self.act(verdicts);
+                self.doubt();
             }
         }
     }
@@ -301,7 +323,21 @@ impl<'a, C: Cluster> Term<'a, C> {
     fn judge(&mut self, worker: WorkerId, incarnation: Incarnation, cause: Cause) {
         let cluster = self.leader.cluster.clone();
         let limit = Duration::from_millis(self.leader.settings.proposal_timeout_ms);
+        let has_left = cluster.read(|state| {
+            let is_draining = state.workers.get(&worker).is_some_and(|known| known.state == WorkerState::Draining);
+            is_draining && state.replicas_on(&worker).next().is_none()
+        });
         self.tasks.spawn(async move {
+            if has_left {
+                let body = CommandBody::RemoveWorker { worker: worker.clone(), incarnation };
+                match timeout(limit, cluster.propose(body)).await {
+                    Ok(Ok(outcome)) => tracing::info!(%worker, incarnation, ?outcome, "a worker has left in order"),
+                    // It is repeated while the worker stays silent.
+                    Ok(Err(error)) => tracing::warn!(%worker, incarnation, %error, "a worker's end wasn't agreed on"),
+                    Err(_) => tracing::warn!(%worker, incarnation, "a worker's end wasn't agreed on in time"),
+                }
+                return Done::Judged;
+            }
             let body = CommandBody::MarkDead { worker: worker.clone(), incarnation, cause };
             match timeout(limit, cluster.propose(body)).await {
                 Ok(Ok(Outcome::Rejected(reject))) => tracing::info!(%worker, incarnation, %reject, "a verdict came too late"),
@@ -328,15 +364,13 @@ impl<'a, C: Cluster> Term<'a, C> {
         if plan.is_empty() {
             return;
         }
-        plan.add.truncate(MOVES_PER_COMMAND_MAX);
-        plan.remove.truncate(MOVES_PER_COMMAND_MAX - plan.add.len());
+        plan.truncate(MOVES_PER_COMMAND_MAX);
         self.placing = true;
         let cluster = self.leader.cluster.clone();
         let limit = Duration::from_millis(self.leader.settings.proposal_timeout_ms);
         self.tasks.spawn(async move {
-            let (added, removed, epoch_seen) = (plan.add.len(), plan.remove.len(), plan.epoch);
-            let body = CommandBody::Place { epoch_seen, add: plan.add, remove: plan.remove };
-            let changed = match timeout(limit, cluster.propose(body)).await {
+            let (relieved, added, removed, epoch_seen) = (plan.relieve.len(), plan.add.len(), plan.remove.len(), plan.epoch);
+            let changed = match timeout(limit, cluster.propose(plan.into_command())).await {
                 Ok(Ok(Outcome::Rejected(reject))) => {
                     tracing::info!(epoch_seen, %reject, "a plan came too late");
                     false
@@ -344,7 +378,8 @@ impl<'a, C: Cluster> Term<'a, C> {
                 Ok(Ok(_)) => {
                     metrics::MOVES.with_label_values(&["add"]).inc_by(added as u64);
                     metrics::MOVES.with_label_values(&["remove"]).inc_by(removed as u64);
-                    tracing::info!(epoch_seen, added, removed, "placed replicas");
+                    metrics::MOVES.with_label_values(&["relieve"]).inc_by(relieved as u64);
+                    tracing::info!(epoch_seen, relieved, added, removed, "placed replicas");
                     true
                 }
                 Ok(Err(error)) => {

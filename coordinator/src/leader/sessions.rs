@@ -6,7 +6,7 @@
 use std::{fmt::Display, pin::pin, time::Duration};
 
 use cresset_core::{
-    CommandBody, Outcome, Reject, WorkerId,
+    ClusterState, CommandBody, Outcome, Reject, WorkerId,
     apply::is_news,
     command::{MOVES_MAX, Registration, ReplicaReport, WORKERS_MAX},
     routes::{Assignment, assignments},
@@ -126,7 +126,8 @@ where
         Outcome::Done { epoch } | Outcome::Deployed { epoch, .. } | Outcome::DeployedSet { epoch, .. } => epoch,
         Outcome::Rejected(reject @ Reject::StaleIncarnation { incarnation_min, .. }) => {
             tracing::info!(%worker, incarnation, %reject, "refused a past life");
-            return wire.fence(reject.to_string(), incarnation_min).await;
+            let is_removed = context.cluster.read(|state| was_removed(state, &worker, incarnation));
+            return wire.fence(reject.to_string(), incarnation_min, is_removed).await;
         }
         Outcome::Rejected(reject) => return Err(Reason::Conflict.status(reject.to_string())),
     };
@@ -155,6 +156,11 @@ where
     ended.map(|_| ())
 }
 
+/// Whether this life was taken out on purpose: then it has no successor of its own accord.
+fn was_removed(state: &ClusterState, worker: &WorkerId, incarnation: Incarnation) -> bool {
+    state.workers.get(worker).is_some_and(|known| known.incarnation == incarnation && known.state == WorkerState::Removed)
+}
+
 fn not_agreed(error: impl Display) -> Status {
     Reason::Indeterminate.status(format!("the registration wasn't agreed on: {error}"))
 }
@@ -175,8 +181,8 @@ impl Wire {
         }
     }
 
-    async fn fence(&self, reason: String, incarnation_min: Incarnation) -> Result<(), Status> {
-        self.send(join_response::Message::Fenced(Fenced { reason, incarnation_min })).await
+    async fn fence(&self, reason: String, incarnation_min: Incarnation, removed: bool) -> Result<(), Status> {
+        self.send(join_response::Message::Fenced(Fenced { reason, incarnation_min, removed })).await
     }
 
     async fn redirect(&self, cluster: &impl Cluster, role: Role) -> Result<(), Status> {
@@ -296,16 +302,17 @@ impl<'a, C: Cluster> Session<'a, C> {
                 return None;
             }
             let floor = match state.workers.get(worker) {
-                Some(known) if known.incarnation == incarnation && known.state != WorkerState::Dead => None,
+                Some(known) if known.incarnation == incarnation && !known.state.is_over() => None,
                 Some(known) => Some(known.incarnation_floor),
                 None => Some(incarnation.saturating_add(1)),
             };
-            Some((state.epoch, floor, assignments(state, worker)))
+            let fence = floor.map(|floor| (floor, was_removed(state, worker, incarnation)));
+            Some((state.epoch, fence, assignments(state, worker)))
         });
-        let Some((epoch, floor, assignments)) = view else { return Ok(superseded) };
-        if let Some(incarnation_min) = floor {
+        let Some((epoch, fence, assignments)) = view else { return Ok(superseded) };
+        if let Some((incarnation_min, is_removed)) = fence {
             let reason = format!("incarnation {incarnation} of worker {worker} is over since epoch {epoch}");
-            self.wire.fence(reason, incarnation_min).await?;
+            self.wire.fence(reason, incarnation_min, is_removed).await?;
             return Ok(Some(End::Fenced));
         }
         if superseded.is_some() {

@@ -190,6 +190,7 @@ impl Coordinator {
             zone: String::new(),
             devices: vec![Device { name: "cpu".into(), memory_bytes: 1 << 30 }],
             software_version: String::new(),
+            tags: Default::default(),
         }));
         worker
     }

@@ -4,6 +4,7 @@ use cresset_core::{
     CommandBody,
     command::Cause,
     opinions::Opinion,
+    standing::Standing,
     state::{ReplicaState as Replica, WorkerState},
 };
 use cresset_proto::{
@@ -14,7 +15,10 @@ use futures::StreamExt;
 use tokio::time::Instant;
 use tonic::Code;
 
-use super::testkit::{Coordinator, hosts, worker_id};
+use super::{
+    Cluster,
+    testkit::{Coordinator, hosts, worker_id},
+};
 
 /// How long it took, on the tests' own clock: it advances only while nothing else can be done.
 fn since_ms(start: Instant) -> u128 {
@@ -151,6 +155,7 @@ async fn a_worker_is_told_all_it_should_run_and_again_when_that_changes() {
     let mut w1 = coordinator.join("w1", 1).await;
     let join_response::Message::Registered(registered) = w1.hear().await else { panic!("not registered") };
     assert_eq!(registered.heartbeat_interval_ms, 250);
+    w1.beat(1 << 30);
     assert_eq!(w1.intent().await.assignments.len(), 0, "what it may still run from before should go");
     coordinator.cluster.deploy("m", 1);
     let intent = w1.intent().await;
@@ -166,6 +171,7 @@ async fn only_news_is_agreed_on() {
     let coordinator = Coordinator::start();
     let cluster = &coordinator.cluster;
     let mut w1 = coordinator.join("w1", 1).await;
+    w1.beat(1 << 30);
     cluster.deploy("m", 1);
     let intent = loop {
         if let join_response::Message::Intent(intent) = w1.hear().await
@@ -196,6 +202,7 @@ async fn only_news_is_agreed_on() {
 async fn a_worker_that_leaves_is_relieved() {
     let coordinator = Coordinator::start();
     let mut w1 = coordinator.join("w1", 1).await;
+    w1.beat(1 << 30);
     coordinator.cluster.deploy("m", 1);
     coordinator.cluster.until(|state| hosts(state, "m") == ["w1"]).await;
     coordinator.cluster.set_deaf(true);
@@ -213,6 +220,76 @@ async fn a_worker_that_leaves_is_relieved() {
         }
     };
     assert!(last.assignments.is_empty(), "it may go now");
+    drop(w1);
+    coordinator.cluster.until(|state| state.workers[&worker_id("w1")].state == WorkerState::Removed).await;
+    let deaths = coordinator.cluster.log().into_iter().filter(|body| matches!(body, CommandBody::MarkDead { .. })).count();
+    assert_eq!(deaths, 0, "it went as it should");
+}
+
+/// What people are told of a worker.
+fn standing(coordinator: &Coordinator, name: &str) -> Standing {
+    let id = worker_id(name);
+    coordinator.cluster.read(|state| coordinator.fleet.standing(&id, &state.workers[&id]))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_gets_nothing_before_it_was_heard_and_nothing_while_it_is_suspect() {
+    let coordinator = Coordinator::start();
+    let mut w1 = coordinator.join("w1", 1).await;
+    w1.hear().await;
+    coordinator.cluster.deploy("m", 1);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!((standing(&coordinator, "w1"), coordinator.cluster.hosts("m")), (Standing::Joining, vec![]));
+    w1.beat(1 << 30);
+    coordinator.cluster.until(|state| hosts(state, "m") == ["w1"]).await;
+    assert_eq!(standing(&coordinator, "w1"), Standing::Ready);
+
+    let _w2 = coordinator.run_worker("w2", 1).await;
+    tokio::time::sleep(Duration::from_millis(1_700)).await;
+    assert_eq!(standing(&coordinator, "w1"), Standing::Suspect, "silent for 1.7 s");
+    coordinator.cluster.deploy("n", 2);
+    coordinator.cluster.until(|state| hosts(state, "n") == ["w2"]).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!((coordinator.cluster.hosts("n"), coordinator.cluster.hosts("m")), (vec!["w2".into()], vec!["w1".into()]));
+    w1.beat(1 << 30);
+    coordinator.cluster.until(|state| hosts(state, "n") == ["w1", "w2"]).await;
+    assert_eq!(standing(&coordinator, "w1"), Standing::Ready);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_worker_has_that_all_routers_leave_alone_moves_though_it_beats() {
+    let coordinator = Coordinator::start();
+    let _w1 = coordinator.run_worker("w1", 1).await;
+    coordinator.cluster.deploy("m", 1);
+    coordinator.cluster.until(|state| hosts(state, "m") == ["w1"]).await;
+    let _w2 = coordinator.run_worker("w2", 1).await;
+    let begun = Instant::now();
+    while coordinator.cluster.hosts("m") != ["w2"] {
+        left_alone(&coordinator, "w1");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert!(since_ms(begun) < 20_000, "nothing moved");
+    }
+    assert!((10_000..=11_000).contains(&since_ms(begun)), "{} ms", since_ms(begun));
+    assert_eq!(standing(&coordinator, "w1"), Standing::Suspect);
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!((standing(&coordinator, "w1"), coordinator.cluster.hosts("m")), (Standing::Ready, vec!["w2".into()]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_was_removed_is_told_so() {
+    let coordinator = Coordinator::start();
+    let mut w1 = coordinator.join("w1", 1).await;
+    w1.hear().await;
+    w1.intent().await;
+    coordinator.cluster.apply(CommandBody::DrainWorker { worker: worker_id("w1"), incarnation: 1 });
+    coordinator.cluster.apply(CommandBody::RemoveWorker { worker: worker_id("w1"), incarnation: 1 });
+    let join_response::Message::Fenced(fenced) = w1.hear().await else { panic!("not fenced") };
+    assert_eq!((fenced.incarnation_min, fenced.removed), (2, true));
+    let mut again = coordinator.join("w1", 1).await;
+    let join_response::Message::Fenced(fenced) = again.hear().await else { panic!("not fenced") };
+    assert_eq!((fenced.incarnation_min, fenced.removed), (2, true), "if it didn't hear");
+    let mut next = coordinator.join("w1", 2).await;
+    assert!(matches!(next.hear().await, join_response::Message::Registered(_)), "started again");
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,10 +4,11 @@ use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
 use cresset_core::{Command, CommandBody, CommandId, Reject, WorkerId, state::WorkerState};
 use cresset_proto::{
     admin::v1::{
-        BackupRequest, ChangeMembersRequest, ChangeMembersResponse, DeployRequest, DeployResponse, DrainWorkerRequest,
-        DrainWorkerResponse, LabelRequest, LabelResponse, MembersRequest, MembersResponse, RepositoryModel, RepositoryRequest,
-        RepositoryResponse, StatusRequest, StatusResponse, TransferLeadershipRequest, TransferLeadershipResponse,
-        UndeployRequest, UndeployResponse, WatchStatusRequest, admin_service_server::AdminService,
+        BackupRequest, ChangeMembersRequest, ChangeMembersResponse, Demands, DeployRequest, DeployResponse, DrainWorkerRequest,
+        DrainWorkerResponse, LabelRequest, LabelResponse, MembersRequest, MembersResponse, RemoveWorkerRequest,
+        RemoveWorkerResponse, RepositoryModel, RepositoryRequest, RepositoryResponse, StatusRequest, StatusResponse,
+        TransferLeadershipRequest, TransferLeadershipResponse, UndeployRequest, UndeployResponse, WatchStatusRequest,
+        admin_service_server::AdminService,
     },
     reason::Reason,
 };
@@ -66,7 +67,8 @@ impl AdminService for Admin {
         let request = request.into_inner();
         let id = command_id(&request.command_id)?;
         let version = (request.version > 0).then_some(request.version);
-        let wanted = Wanted { name: request.name, version, replicas: request.replicas, ..Default::default() };
+        let demands = request.demands.map(demands).transpose()?;
+        let wanted = Wanted { name: request.name, version, replicas: request.replicas, demands, ..Default::default() };
         Ok(Response::new(self.context.deploy(id, wanted, deadline).await?))
     }
 
@@ -93,8 +95,7 @@ impl AdminService for Admin {
         let deadline = deadline(request.metadata());
         let request = request.into_inner();
         let id = command_id(&request.command_id)?;
-        let worker: WorkerId =
-            request.worker_id.parse().map_err(|error| Reason::InvalidArgument.status(format!("worker_id: {error}")))?;
+        let worker = worker_id(&request.worker_id)?;
         // A life that has ended can't leave any more: which one is the newest had better be known for sure.
         let barrier = self.context.consensus.read_barrier(deadline).await;
         barrier.map_err(|error| Reason::NoLeader.status(error.to_string()))?;
@@ -104,12 +105,29 @@ impl AdminService for Admin {
                 let text = format!("worker {worker} is dead, and what it held is being placed elsewhere already");
                 return Err(Reason::Conflict.status(text));
             }
+            Some((_, WorkerState::Removed)) => {
+                return Err(Reason::Conflict.status(format!("worker {worker} was removed, and holds nothing")));
+            }
             Some((incarnation, _)) => incarnation,
             None => return Err(reject_status(&Reject::UnknownWorker { worker })),
         };
         let body = CommandBody::DrainWorker { worker, incarnation };
         let outcome = self.context.agree(&Command { id, body }, deadline).await?;
         Ok(Response::new(DrainWorkerResponse { epoch: epoch_of(&outcome), incarnation }))
+    }
+
+    async fn remove_worker(&self, request: Request<RemoveWorkerRequest>) -> Result<Response<RemoveWorkerResponse>, Status> {
+        let deadline = deadline(request.metadata());
+        let request = request.into_inner();
+        let id = command_id(&request.command_id)?;
+        let worker = worker_id(&request.worker_id)?;
+        let barrier = self.context.consensus.read_barrier(deadline).await;
+        barrier.map_err(|error| Reason::NoLeader.status(error.to_string()))?;
+        let known = self.context.consensus.state().workers.get(&worker).map(|worker| worker.incarnation);
+        let Some(incarnation) = known else { return Err(reject_status(&Reject::UnknownWorker { worker })) };
+        let body = CommandBody::RemoveWorker { worker, incarnation };
+        let outcome = self.context.agree(&Command { id, body }, deadline).await?;
+        Ok(Response::new(RemoveWorkerResponse { epoch: epoch_of(&outcome), incarnation }))
     }
 
     async fn members(&self, _: Request<MembersRequest>) -> Result<Response<MembersResponse>, Status> {
@@ -157,6 +175,15 @@ impl AdminService for Admin {
         });
         Ok(Response::new(RepositoryResponse { models: models.collect() }))
     }
+}
+
+fn demands(message: Demands) -> Result<cresset_core::demands::Demands, Status> {
+    let workers = message.workers.iter().map(|worker| worker_id(worker)).collect::<Result<_, _>>()?;
+    Ok(cresset_core::demands::Demands { tags: message.tags.into_iter().collect(), workers, ..Default::default() })
+}
+
+fn worker_id(text: &str) -> Result<WorkerId, Status> {
+    text.parse().map_err(|error| Reason::InvalidArgument.status(format!("worker_id: {error}")))
 }
 
 fn command_id(bytes: &[u8]) -> Result<CommandId, Status> {

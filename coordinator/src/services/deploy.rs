@@ -1,17 +1,18 @@
 //! Deployments, as administrators and as Triton's clients ask for them: read the repository, have it agreed on, wait for it.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use cresset_client::repository::{Repository, StoredModel, archive::Archive};
 use cresset_core::{
     Command, CommandBody, CommandId, Outcome, Reject,
     command::{DeploySet, VersionSpec},
+    demands::Demands,
     state::ModelKey,
     status::{ModelState, models},
 };
 use cresset_proto::{
     admin::v1::{DeployResponse, DeployedVersion},
-    inference::ModelConfig,
+    inference::{ModelConfig, model_instance_group::Kind},
     model_config::{model_filename, platform_of},
     reason::Reason,
 };
@@ -30,6 +31,8 @@ pub(super) struct Wanted {
     pub(super) version: Option<u64>,
     /// Of each version; 0 for as many as it has, or the default.
     pub(super) replicas: u32,
+    /// Tags and workers; `None`: those that it has.
+    pub(super) demands: Option<Demands>,
     /// Instead of the repository's.
     pub(super) config: Option<ModelConfig>,
     /// Files of each version, by their names, instead of the repository's. They need a configuration.
@@ -54,7 +57,11 @@ impl Context {
             let version = |version: Version| {
                 let key = ModelKey { name: wanted.name.clone(), version: version.number };
                 let has = state.models.get(&key).map(|deployment| deployment.replicas_wanted);
+                let like =
+                    state.models.get(&key).or_else(|| state.versions(&wanted.name).last().map(|(_, deployment)| deployment));
+                let demands = wanted.demands.clone().or_else(|| Some(like?.demands.clone())).unwrap_or_default();
                 VersionSpec {
+                    demands: with_gpus(demands, &config),
                     version: version.number,
                     digest: version.digest,
                     size_bytes: version.size_bytes,
@@ -148,6 +155,19 @@ impl Context {
     }
 }
 
+/// Demands, and those of a model's configuration: the GPUs of its instances.
+fn with_gpus(demands: Demands, config: &ModelConfig) -> Demands {
+    let groups: Vec<_> = config.instance_group.iter().filter(|group| !group.passive).collect();
+    let ordinals: BTreeSet<i32> = groups.iter().flat_map(|group| group.gpus.iter().copied()).collect();
+    let needs_gpus = groups.iter().any(|group| group.kind() == Kind::Gpu);
+    let highest = ordinals.last().and_then(|ordinal| u32::try_from(*ordinal).ok());
+    let gpus_min = if needs_gpus { highest.map_or(1, |ordinal| ordinal.saturating_add(1)) } else { 0 };
+    // A group without a list has its copies on every GPU.
+    let is_listed = !groups.is_empty() && groups.iter().all(|group| !group.gpus.is_empty());
+    let gpus_used = if is_listed { u32::try_from(ordinals.len()).unwrap_or(u32::MAX) } else { 0 };
+    Demands { gpus_min, gpus_used, ..demands }
+}
+
 fn response(versions: Vec<(u64, u64)>, epoch: u64) -> DeployResponse {
     let (version, generation) = versions.iter().copied().max().unwrap_or_default();
     let versions = versions.into_iter().map(|(version, generation)| DeployedVersion { version, generation }).collect();
@@ -159,5 +179,30 @@ pub(super) fn epoch_of(outcome: &Outcome) -> u64 {
     match outcome {
         Outcome::Done { epoch } | Outcome::Deployed { epoch, .. } | Outcome::DeployedSet { epoch, .. } => *epoch,
         Outcome::Rejected(_) => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cresset_proto::inference::ModelInstanceGroup;
+
+    use super::*;
+
+    #[test]
+    fn gpus_that_a_configuration_names_are_demanded() {
+        let group =
+            |kind: Kind, gpus: &[i32]| ModelInstanceGroup { kind: kind.into(), gpus: gpus.to_vec(), ..Default::default() };
+        let demanded = |groups: Vec<ModelInstanceGroup>| {
+            let demands = with_gpus(Demands::default(), &ModelConfig { instance_group: groups, ..Default::default() });
+            (demands.gpus_min, demands.gpus_used)
+        };
+        assert_eq!(demanded(vec![]), (0, 0), "whatever there is");
+        assert_eq!(demanded(vec![group(Kind::Gpu, &[])]), (1, 0), "all GPUs, one at least");
+        assert_eq!(demanded(vec![group(Kind::Gpu, &[0, 2])]), (3, 2));
+        assert_eq!(demanded(vec![group(Kind::Gpu, &[1]), group(Kind::Gpu, &[1])]), (2, 1), "copies share their weights");
+        assert_eq!(demanded(vec![group(Kind::Auto, &[0])]), (0, 1));
+        let passive = ModelInstanceGroup { passive: true, ..group(Kind::Gpu, &[3]) };
+        assert_eq!(demanded(vec![group(Kind::Cpu, &[]), passive]), (0, 0));
+        assert_eq!(demanded(vec![group(Kind::Gpu, &[-1])]).0, 1, "refused where it is loaded");
     }
 }

@@ -6,7 +6,9 @@ use std::{collections::BTreeMap, time::Duration};
 
 use cresset_core::{
     PeerId,
-    state::{PeerInfo, WorkerState},
+    demands::Demands,
+    standing::Standing,
+    state::PeerInfo,
     status::{ModelState, models},
     wire::observed,
 };
@@ -98,7 +100,7 @@ impl Context {
             Worker {
                 id: id.to_string(),
                 incarnation: worker.incarnation,
-                state: worker_state(worker.state).into(),
+                state: worker_state(self.fleet.standing(id, worker)).into(),
                 grpc_address: worker.grpc_address.clone(),
                 zone: worker.zone.clone(),
                 devices: worker
@@ -113,11 +115,12 @@ impl Context {
                 sequences_live: beat.map_or(0, |beat| beat.sequences_live),
                 routers_without: said.left_alone,
                 routers_with: said.answers,
+                tags: worker.tags.clone().into_iter().collect(),
             }
         });
         let workers = workers.collect();
         let models = models(&state, &plan).into_iter().map(|model| Model {
-            name: model.key.name,
+            name: model.key.name.clone(),
             version: model.key.version,
             generation: model.generation,
             shards: model.shards,
@@ -128,6 +131,7 @@ impl Context {
             labels: model.labels,
             leaving: model.leaving,
             stuck: model.stuck,
+            demands: state.models.get(&model.key).map(|deployment| demands(&deployment.demands)),
         });
         StatusResponse {
             cluster_id: state.cluster_id.clone(),
@@ -182,11 +186,21 @@ impl Context {
     }
 }
 
-fn worker_state(state: WorkerState) -> v1::WorkerState {
-    match state {
-        WorkerState::Ready => v1::WorkerState::Ready,
-        WorkerState::Draining => v1::WorkerState::Draining,
-        WorkerState::Dead => v1::WorkerState::Dead,
+fn demands(demands: &Demands) -> v1::Demands {
+    v1::Demands {
+        tags: demands.tags.clone().into_iter().collect(),
+        workers: demands.workers.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn worker_state(standing: Standing) -> v1::WorkerState {
+    match standing {
+        Standing::Joining => v1::WorkerState::Joining,
+        Standing::Ready => v1::WorkerState::Ready,
+        Standing::Draining => v1::WorkerState::Draining,
+        Standing::Suspect => v1::WorkerState::Suspect,
+        Standing::Dead => v1::WorkerState::Dead,
+        Standing::Removed => v1::WorkerState::Removed,
     }
 }
 

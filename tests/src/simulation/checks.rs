@@ -9,7 +9,7 @@ use cresset_core::{
     ClusterState, Command, CommandBody, CommandId, Effect, Outcome, WorkerId,
     members::Members,
     routes::{ModelRoute, routes},
-    state::{Epoch, Incarnation, ModelKey, WorkerState},
+    state::{Epoch, Incarnation, ModelKey},
 };
 
 use super::machine::Applied;
@@ -74,7 +74,7 @@ fn broken(state: &ClusterState) -> Option<String> {
         if id.shard >= deployment.shards {
             return Some(format!("{id:?} is a replica of shard {} of {}", id.shard, deployment.shards));
         }
-        if state.workers.get(&id.worker).is_none_or(|worker| worker.state == WorkerState::Dead) {
+        if state.workers.get(&id.worker).is_none_or(|worker| worker.state.is_over()) {
             return Some(format!("{id:?} is on a worker that is dead or unknown"));
         }
         if replica.epoch > state.epoch {

@@ -8,7 +8,7 @@ use cresset_core::{
     liveness::{Liveness, Policy, Verdict},
     placement::{self, plan},
     routes::{Assignment, assignments},
-    state::{Epoch, Incarnation, ReplicaId, ReplicaState, WorkerState},
+    state::{Epoch, Incarnation, ReplicaId, ReplicaState},
 };
 
 use super::{
@@ -152,7 +152,7 @@ impl World {
                 let incarnation_min = floor.max(current);
                 self.order(id, address, incarnation, Order::Fenced { incarnation_min });
             }
-            Some((current, _, standing)) if current == incarnation && standing != WorkerState::Dead => {
+            Some((current, _, standing)) if current == incarnation && !standing.is_over() => {
                 duties.liveness.heartbeat(worker, incarnation, clock_ms);
                 let is_new = |report: &ReplicaReport| {
                     let id = ReplicaId {
@@ -179,6 +179,7 @@ impl World {
                     http_address: String::new(),
                     zone: String::new(),
                     devices: vec![],
+                    tags: BTreeMap::new(),
                 };
                 self.propose(id, CommandBody::RegisterWorker(registration));
             }
@@ -226,8 +227,7 @@ impl World {
             }
         }
         if let Some(plan) = plan.filter(|plan| !plan.is_empty()) {
-            let body = CommandBody::Place { epoch_seen: plan.epoch, add: plan.add, remove: plan.remove };
-            let command = self.propose(id, body);
+            let command = self.propose(id, plan.into_command());
             if let Some(duties) = self.peers.get_mut(&id).and_then(|peer| peer.duties.as_mut()) {
                 duties.placing = Some((command, clock_ms + PLAN_PATIENCE_MS));
             }

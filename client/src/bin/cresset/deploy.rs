@@ -10,8 +10,8 @@ use std::{
 use cresset_client::CallError;
 use cresset_proto::{
     admin::v1::{
-        DeployRequest, DeployResponse, DeployedVersion, LabelRequest, RepositoryRequest, UndeployRequest, UndeployResponse,
-        admin_service_client::AdminServiceClient,
+        Demands, DeployRequest, DeployResponse, DeployedVersion, LabelRequest, RepositoryRequest, UndeployRequest,
+        UndeployResponse, admin_service_client::AdminServiceClient,
     },
     ids::check_label,
 };
@@ -39,6 +39,13 @@ pub struct DeployArgs {
     /// On how many workers each version [default: as it is; for a new one 2, or as many as there are workers if fewer]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     replicas: Option<u32>,
+    /// Only on workers that have this tag: their setting `tags`. Again for more; with --on it takes the place of all that was
+    /// demanded before [default: as it is]
+    #[arg(long, value_name = "TAG=VALUE", value_parser = tag)]
+    require: Vec<(String, String)>,
+    /// Only on these workers, w1,w2; --on any lifts it [default: as it is]
+    #[arg(long, value_name = "WORKERS", value_delimiter = ',')]
+    on: Vec<String>,
     /// Wait until every replica is ready; exit 1 with the reason if that can't be
     #[arg(long)]
     wait: bool,
@@ -79,6 +86,24 @@ fn label(text: &str) -> Result<(String, u64), String> {
     }
 }
 
+fn tag(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((tag, value)) if !tag.is_empty() => Ok((tag.to_owned(), value.to_owned())),
+        Some(_) | None => Err("it must be TAG=VALUE, as in gpu=h100".to_owned()),
+    }
+}
+
+impl DeployArgs {
+    /// What is demanded of workers, if that is said.
+    fn demands(&self) -> Option<Demands> {
+        if self.require.is_empty() && self.on.is_empty() {
+            return None;
+        }
+        let workers = self.on.iter().filter(|worker| *worker != "any").cloned().collect();
+        Some(Demands { tags: self.require.iter().cloned().collect(), workers })
+    }
+}
+
 /// Why a deployment wasn't brought about.
 #[derive(Debug, thiserror::Error)]
 pub enum WaitError {
@@ -116,7 +141,7 @@ struct Deployed<'a> {
 /// When it is refused, when nobody answers, and with `--wait` when the model can't be served.
 pub async fn deploy(cluster: &Cluster, args: &DeployArgs, settings: &Settings) -> anyhow::Result<()> {
     let begun = Instant::now();
-    let accepted = send_deploy(cluster, &args.name, args.version, args.replicas).await?;
+    let accepted = send_deploy(cluster, &args.name, args.version, args.replicas, args.demands()).await?;
     let versions: Vec<u64> = accepted.versions.iter().map(|deployed| deployed.version).collect();
     let label = versions.iter().map(|version| format!("{}/{version}", args.name)).collect::<Vec<_>>().join(", ");
     let is = if versions.len() == 1 { "is" } else { "are" };
@@ -148,12 +173,14 @@ pub async fn send_deploy(
     name: &str,
     version: Option<u64>,
     replicas: Option<u32>,
+    demands: Option<Demands>,
 ) -> Result<DeployResponse, CallError> {
     let message = DeployRequest {
         command_id: command_id(),
         name: name.to_owned(),
         version: version.unwrap_or(0),
         replicas: replicas.unwrap_or(0),
+        demands,
     };
     let ask = async |channel, limit| AdminServiceClient::new(channel).deploy(request(message.clone(), limit)).await;
     cluster.call(ask).await
@@ -389,6 +416,22 @@ mod tests {
         assert_eq!(progress(&report, "broken", &both), Progress::Ready);
         both.versions.push(DeployedVersion { version: 2, generation: 7 });
         assert_eq!(progress(&report, "broken", &both), Progress::Failed("model.pt is not an archive".to_owned()));
+    }
+
+    #[test]
+    fn demands_are_sent_only_where_they_are_said() {
+        use clap::Parser;
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: DeployArgs,
+        }
+        let demands = |args: &[&str]| Line::try_parse_from(["deploy", "m"].iter().chain(args)).unwrap().args.demands();
+        assert_eq!(demands(&[]), None);
+        let both = demands(&["--require", "gpu=h100", "--require", "tier=", "--on", "w1,w2"]).unwrap();
+        assert_eq!((both.tags.len(), both.tags["gpu"].as_str(), both.workers), (2, "h100", vec!["w1".into(), "w2".into()]));
+        assert_eq!(demands(&["--on", "any"]), Some(Demands::default()), "nothing any more");
+        assert!(Line::try_parse_from(["deploy", "m", "--require", "gpu"]).is_err());
     }
 
     #[test]

@@ -90,5 +90,5 @@ async fn wait_empty(cluster: &Cluster, worker: &str, accepted: &DrainWorkerRespo
 
 /// Whether this life of a worker isn't over.
 fn is_life(worker: &Worker, incarnation: u64) -> bool {
-    worker.incarnation == incarnation && worker.state != "dead"
+    worker.incarnation == incarnation && !worker.is_over()
 }

@@ -20,6 +20,7 @@ mod settings;
 mod status;
 mod up;
 mod values;
+mod worker;
 
 use std::{io, process::ExitCode};
 
@@ -58,6 +59,8 @@ enum Command {
     Label(deploy::LabelArgs),
     /// Have a worker leave: what it runs moves elsewhere first
     Drain(drain::Args),
+    /// Take workers out of the cluster that are dead or have left
+    Worker(worker::Args),
     /// List what the model repository has to deploy
     Repository,
     /// List, add, promote and remove coordinators
@@ -118,6 +121,7 @@ async fn dispatch(command: &Command, settings: Settings, up_settings: up::Settin
         Command::Undeploy(args) => deploy::undeploy(&cluster, args, &settings).await?,
         Command::Label(args) => deploy::set_labels(&cluster, args, settings.output).await?,
         Command::Drain(args) => drain::run(&cluster, args, &settings).await?,
+        Command::Worker(args) => worker::run(&cluster, args, settings.output).await?,
         Command::Repository => deploy::repository(&cluster, settings.output).await?,
         Command::Member(args) => member::member(&cluster, args, settings.output).await?,
         Command::Backup(args) => backup::run(&cluster, args, settings.output).await?,

@@ -1,7 +1,7 @@
 //! `cresset status`: what the cluster says about itself, as tables or as JSON.
 //!
 //! [`Report`] is the contract for programs; `cresset up` draws its live view from the same values.
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use cresset_client::CallError;
 use cresset_proto::{
@@ -56,7 +56,7 @@ pub struct Coordinator {
 pub struct Worker {
     pub id: String,
     pub incarnation: u64,
-    /// `ready`, `draining` or `dead`.
+    /// `joining`, `ready`, `draining`, `suspect`, `dead` or `removed`.
     pub state: &'static str,
     pub address: String,
     pub zone: String,
@@ -72,6 +72,8 @@ pub struct Worker {
     pub routers_without: u32,
     /// Routers that it answers, as far as they said; only while others leave it alone.
     pub routers_with: u32,
+    /// Facts about it that its operator chose.
+    pub tags: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -105,6 +107,10 @@ pub struct Model {
     pub leaving: bool,
     /// Nothing of this generation answers, and nothing will without help. What was deployed before may answer.
     pub stuck: bool,
+    /// Tags that it demands of the workers that run it.
+    pub tags_required: BTreeMap<String, String>,
+    /// The workers that it demands; any if empty.
+    pub workers_required: Vec<String>,
 }
 
 impl Report {
@@ -125,7 +131,7 @@ impl Report {
 
     /// Replicas of one model, on workers that live.
     pub fn replicas_of<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a Worker, &'a Replica)> {
-        let living = self.workers.iter().filter(|worker| worker.state != "dead");
+        let living = self.workers.iter().filter(|worker| !worker.is_over());
         living
             .flat_map(|worker| worker.replicas.iter().map(move |replica| (worker, replica)))
             .filter(move |(_, r)| r.model == name)
@@ -176,12 +182,22 @@ impl From<admin::Coordinator> for Coordinator {
     }
 }
 
+impl Worker {
+    /// Whether this life of it is over.
+    pub fn is_over(&self) -> bool {
+        matches!(self.state, "dead" | "removed")
+    }
+}
+
 impl From<admin::Worker> for Worker {
     fn from(worker: admin::Worker) -> Self {
         let state = match worker.state() {
             WorkerState::Ready | WorkerState::Unspecified => "ready",
             WorkerState::Draining => "draining",
             WorkerState::Dead => "dead",
+            WorkerState::Joining => "joining",
+            WorkerState::Suspect => "suspect",
+            WorkerState::Removed => "removed",
         };
         Self {
             state,
@@ -198,6 +214,7 @@ impl From<admin::Worker> for Worker {
             sequences_live: worker.sequences_live,
             routers_without: worker.routers_without,
             routers_with: worker.routers_with,
+            tags: worker.tags.into_iter().collect(),
         }
     }
 }
@@ -230,6 +247,7 @@ impl From<admin::Model> for Model {
             ModelState::Degraded => "degraded",
             ModelState::Failed => "failed",
         };
+        let demands = model.demands.unwrap_or_default();
         Self {
             state,
             name: model.name,
@@ -242,6 +260,8 @@ impl From<admin::Model> for Model {
             labels: model.labels,
             leaving: model.leaving,
             stuck: model.stuck,
+            tags_required: demands.tags.into_iter().collect(),
+            workers_required: demands.workers,
         }
     }
 }
@@ -413,6 +433,7 @@ pub mod tests {
             labels: if name == "vad" { vec!["canary".to_owned(), "stable".to_owned()] } else { vec![] },
             leaving: false,
             stuck: state == ModelState::Failed,
+            demands: None,
         };
         StatusResponse {
             cluster_id: "local-0123abcd".to_owned(),

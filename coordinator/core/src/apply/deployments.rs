@@ -54,6 +54,7 @@ fn put(state: &mut ClusterState, key: &ModelKey, set: &DeploySet, spec: &Version
             retry_failed(state, key);
             if let Some(deployment) = state.models.get_mut(key) {
                 deployment.replicas_wanted = spec.replicas_wanted;
+                deployment.demands = spec.demands.clone();
                 deployment.leaving = false;
             }
             known.generation
@@ -87,6 +88,7 @@ fn deployment(set: &DeploySet, spec: &VersionSpec, generation: Generation, forme
         stored: set.stored,
         former,
         leaving: false,
+        demands: spec.demands.clone(),
     }
 }
 
@@ -115,7 +117,7 @@ fn reload(state: &mut ClusterState, key: &ModelKey, known: &Deployment, set: &De
     let keeps = known.shards == set.shards;
     let answers = state.replicas_of(key).filter_map(|(_, replica)| replica.answering()).max().filter(|_| keeps);
     let former = answers.and_then(|answers| {
-        let newest = Former { generation: known.generation, config: known.config.clone() };
+        let newest = Former { generation: known.generation, config: known.config.clone(), size_bytes: known.size_bytes };
         if answers >= known.generation { Some(newest) } else { known.former.clone() }
     });
     state.models.insert(key.clone(), deployment(set, spec, generation, former));
@@ -253,6 +255,7 @@ fn check_set(set: &DeploySet) -> Result<(), Reject> {
     for spec in &set.versions {
         check(spec.version > 0, "version", "must be at least 1")?;
         check_text("digest", &spec.digest)?;
+        spec.demands.check()?;
         let replicas = 1..=REPLICAS_MAX;
         check(replicas.contains(&spec.replicas_wanted), "replicas", format!("must be between 1 and {REPLICAS_MAX}"))?;
     }

@@ -90,6 +90,40 @@ fn the_dead_lose_their_replicas_and_come_back_only_as_a_new_life() {
 }
 
 #[test]
+fn a_worker_is_removed_once_it_holds_nothing_and_comes_back_only_as_a_new_life() {
+    let mut state = cluster(&["w1", "w2"], "m", 1);
+    let at_work = |outcome: Outcome| matches!(outcome, Outcome::Rejected(Reject::WorkerAtWork { .. }));
+    assert!(at_work(testkit::remove_worker(&mut state, "w1", 1)), "it takes part");
+    testkit::drain(&mut state, "w1", 1);
+    let refused = testkit::remove_worker(&mut state, "w1", 1);
+    let Outcome::Rejected(reject) = refused else { panic!("{refused:?}") };
+    assert!(reject.to_string().contains("leaving, and still holds 1 replica; `cresset drain w1 --wait`"), "{reject}");
+    place(&mut state);
+    ready(&mut state, "w2");
+    place(&mut state);
+    let command = Command { id: CommandId([9; 16]), body: CommandBody::RemoveWorker { worker: w("w1"), incarnation: 1 } };
+    let (_, effects) = apply(&mut state, &command);
+    let fenced = Effect::WorkerFenced { worker: w("w1"), incarnation_min: 2 };
+    assert_eq!(effects, vec![fenced, Effect::EpochAdvanced { epoch: state.epoch }]);
+    assert_eq!(state.workers[&w("w1")].state, WorkerState::Removed);
+    assert!(routes::routes(&state).workers.iter().all(|route| route.worker != w("w1")));
+
+    let epoch = state.epoch;
+    assert_eq!(testkit::remove_worker(&mut state, "w1", 1), Outcome::Done { epoch }, "once more is no news");
+    assert_eq!(register(&mut state, "w1", 1), stale("w1", 1, 2));
+    assert_eq!(ready(&mut state, "w1"), stale("w1", 1, 2));
+    assert_eq!(mark_dead(&mut state, "w1", 1), stale("w1", 1, 2), "a late verdict doesn't change what it is");
+    assert_eq!(testkit::remove_worker(&mut state, "w1", 2), stale("w1", 2, 2));
+    assert_eq!(snapshot::decode(&snapshot::encode(&state)).unwrap(), state);
+    register(&mut state, "w1", 2);
+    assert_eq!(state.workers[&w("w1")].state, WorkerState::Ready);
+
+    mark_dead(&mut state, "w2", 1);
+    assert!(matches!(testkit::remove_worker(&mut state, "w2", 1), Outcome::Done { .. }), "what is dead can go");
+    assert_eq!(state.workers[&w("w2")].state, WorkerState::Removed);
+}
+
+#[test]
 fn registering_again_with_the_same_life_is_no_news() {
     let mut state = cluster(&["w1"], "m", 1);
     let before = (state.epoch, state.replicas.clone());

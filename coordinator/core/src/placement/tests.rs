@@ -4,9 +4,12 @@ use super::*;
 use crate::{
     CommandBody,
     command::DeploySpec,
+    demands::{Demands, Tags},
+    routes,
+    state::{Device, WorkerState},
     testkit::{
-        self, MIB, cluster, deploy, deployed, drain, fail, hosts, mark_dead, place, plan, ready, register, registered,
-        registration, replica, run, spec, w,
+        self, MIB, cluster, deploy, deploy_demanding, deployed, drain, fail, hosts, mark_dead, place, place_seeing, plan, ready,
+        register, registered, registration, replica, run, spec, w,
     },
 };
 
@@ -147,7 +150,22 @@ fn what_leaves_makes_room_in_the_same_plan() {
 
 /// Deploys, deaths, returns and reports, as numbers.
 fn history() -> impl Strategy<Value = Vec<(u8, u8, u8)>> {
-    vec((0..7_u8, 0..5_u8, 1..4_u8), 1..50)
+    vec((0..10_u8, 0..5_u8, 1..4_u8), 1..50)
+}
+
+/// What is seen of the workers, as numbers: which of them are in doubt, and which for long.
+fn sight() -> impl Strategy<Value = Seen> {
+    vec(0..4_u8, 5).prop_map(|doubts| {
+        let whose = |least: u8| -> BTreeSet<WorkerId> {
+            let doubtful = doubts.iter().enumerate().filter(|(_, doubt)| **doubt >= least);
+            doubtful.map(|(which, _)| w(&format!("w{which}"))).collect()
+        };
+        Seen { avoided: whose(2), abandoned: whose(3), ..Seen::default() }
+    })
+}
+
+fn tagged(value: u8) -> Demands {
+    Demands { tags: Tags::from([("t".into(), value.to_string())]), ..Demands::default() }
 }
 
 fn play(steps: &[(u8, u8, u8)]) -> ClusterState {
@@ -160,7 +178,8 @@ fn play(steps: &[(u8, u8, u8)]) -> ClusterState {
         match kind {
             0 => {
                 let zone = format!("z{}", which % 2);
-                let registration = crate::command::Registration { zone, ..registration(&worker, life) };
+                let tags = tagged(count % 2).tags;
+                let registration = crate::command::Registration { zone, tags, ..registration(&worker, life) };
                 run(&mut state, CommandBody::RegisterWorker(registration));
             }
             1 => {
@@ -172,6 +191,15 @@ fn play(steps: &[(u8, u8, u8)]) -> ClusterState {
             3 => drop(drain(&mut state, &worker, incarnation)),
             4 if state.workers.contains_key(&w(&worker)) => drop(ready(&mut state, &worker)),
             5 if state.workers.contains_key(&w(&worker)) => drop(fail(&mut state, &worker, "no")),
+            7 => drop(deploy_demanding(&mut state, &format!("m{which}"), u32::from(*count), tagged(which % 2))),
+            8 => {
+                let workers = BTreeSet::from([w(&format!("w{count}")), w("w0")]);
+                drop(deploy_demanding(&mut state, &format!("m{which}"), 1, Demands { workers, ..Demands::default() }));
+            }
+            9 => {
+                let anew = DeploySpec { digest: format!("{life:064x}"), ..spec(&format!("m{which}"), 1, u32::from(*count)) };
+                run(&mut state, CommandBody::Deploy(anew));
+            }
             _ => drop(place(&mut state)),
         }
     }
@@ -180,24 +208,42 @@ fn play(steps: &[(u8, u8, u8)]) -> ClusterState {
 
 proptest! {
     #[test]
-    fn hard_constraints_hold_and_planning_twice_changes_nothing(steps in history()) {
+    fn hard_constraints_hold_and_planning_twice_changes_nothing(steps in history(), seen in sight()) {
         let mut state = play(&steps);
-        let first = plan(&state);
-        prop_assert_eq!(&first, &plan(&state), "deterministic");
-        let free = loads(&state, &Policy::default(), &BTreeMap::new());
+        let policy = Policy::default();
+        let first = plan_seeing(&state, &policy, &seen);
+        prop_assert_eq!(&first, &plan_seeing(&state, &policy, &seen), "deterministic");
+        let free = loads(&state, &policy, &BTreeMap::new());
         let mut taken: BTreeMap<&WorkerId, u64> = BTreeMap::new();
         for id in &first.add {
+            let (worker, demands) = (&state.workers[&id.worker], &state.models[&id.key()].demands);
             prop_assert!(!state.replicas.contains_key(id), "already there");
-            prop_assert_eq!(state.workers[&id.worker].state, WorkerState::Ready);
-            *taken.entry(&id.worker).or_default() += need_bytes(&state.models[&id.key()], &Policy::default());
+            prop_assert_eq!(worker.state, WorkerState::Ready);
+            prop_assert!(demands.are_met_by(&id.worker, worker) && !seen.avoided.contains(&id.worker), "{:?}", id);
+            *taken.entry(&id.worker).or_default() += need_bytes(&state.models[&id.key()], &policy, &free[&id.worker]);
         }
         for (worker, bytes) in taken {
             let gone = first.remove.iter().filter(|id| id.worker == *worker);
-            let freed: u64 = gone.map(|id| held_bytes(&state.replicas[id], &state.models[&id.key()], &Policy::default(), false)).sum();
+            let freed: u64 = gone.map(|id| held_bytes(&state.replicas[id], &state.models[&id.key()], &policy, &free[worker])).sum();
             prop_assert!(i128::from(bytes) <= free[worker].memory_free_bytes + i128::from(freed), "{} is overfull", worker);
         }
-        place(&mut state);
-        let second = plan(&state);
+        let served = |state: &ClusterState| -> BTreeSet<ModelKey> {
+            let whole = routes::routes(state).models.into_iter().filter(|model| model.shards.iter().all(|shard| !shard.is_empty()));
+            whole.map(|model| model.key).collect()
+        };
+        let served_before = served(&state);
+        let under_way = |state: &ClusterState| {
+            let moving = state.replicas.iter().filter(|(_, replica)| replica.moving);
+            moving.filter(|(id, _)| !Shard::survey(state, &id.key(), id.shard).is_settled()).count()
+        };
+        // What answers and begins elsewhere; what is given up where enough others are needs no place.
+        let begun = first.relieve.iter().filter(|id| {
+            state.replicas[*id].answering().is_some() && first.add.iter().any(|added| added.is_of(&id.key()))
+        });
+        prop_assert!(begun.count() <= policy.moves_max.saturating_sub(under_way(&state)));
+        run(&mut state, first.into_command());
+        prop_assert!(served(&state).is_superset(&served_before), "a plan costs nobody an answer");
+        let second = plan_seeing(&state, &policy, &seen);
         prop_assert!(second.is_empty(), "{:?}", second);
         for (key, deployment) in &state.models {
             let found = Shard::survey(&state, key, 0);
@@ -217,16 +263,115 @@ proptest! {
         let held: BTreeSet<ModelKey> = state.replicas_on(&lost).map(|(id, _)| id.key()).collect();
         mark_dead(&mut state, lost.as_str(), incarnation);
         let plan = plan(&state);
-        prop_assert!(plan.add.iter().all(|id| held.contains(&id.key())), "{:?}", plan);
-        // What remains may be settled now that the lost one is no longer waited for.
-        prop_assert!(plan.remove.iter().all(|id| state.workers[&id.worker].state == WorkerState::Draining), "{:?}", plan);
+        prop_assert!(plan.add.iter().all(|id| held.contains(&id.key()) || plan.relieve.iter().any(|moved| moved.key() == id.key())), "{:?}", plan);
+        // What remains may be settled now that the lost one is no longer waited for; and what moves needn't wait for it any more.
+        let gives_up = |id: &ReplicaId| Shard::survey(&state, &id.key(), id.shard).gives_up(&id.worker);
+        prop_assert!(plan.remove.iter().all(gives_up), "{:?}", plan);
         prop_assert!(testkit::plan(&state) == plan);
+    }
+
+    #[test]
+    fn a_worker_that_comes_gets_what_was_missing_and_takes_nothing_from_others(steps in history()) {
+        let mut state = play(&steps);
+        place(&mut state);
+        let before = plan(&state);
+        register(&mut state, "w9", 1);
+        let after = plan(&state);
+        let missing = |id: &ReplicaId| before.unplaced.iter().any(|unplaced| unplaced.model == id.key()) || after.relieve.iter().any(|moved| moved.key() == id.key());
+        prop_assert!(after.add.iter().all(missing), "{:?}", after);
+        let misplaced = |id: &ReplicaId| !state.models[&id.key()].demands.are_met_by(&id.worker, &state.workers[&id.worker]);
+        prop_assert!(after.relieve.iter().all(misplaced), "{:?}", after);
     }
 }
 
 #[test]
+fn replicas_go_only_where_a_deployment_wants_them() {
+    let mut state = registered(&["w3"]);
+    for (name, value) in [("w1", 0), ("w2", 1)] {
+        let registration = crate::command::Registration { tags: tagged(value).tags, ..registration(name, 1) };
+        run(&mut state, CommandBody::RegisterWorker(registration));
+    }
+    deploy_demanding(&mut state, "m", 2, tagged(1));
+    let planned = plan(&state);
+    assert_eq!(
+        (planned.add, planned.unplaced[0].reason.as_str()),
+        (vec![replica("m", 1, "w2")], "needs 2 workers with t=1, 1 is there")
+    );
+    let forced = CommandBody::Place { epoch_seen: 0, add: vec![replica("m", 1, "w1")], remove: vec![] };
+    assert!(matches!(run(&mut state, forced), crate::Outcome::Rejected(crate::Reject::StalePlan { .. })), "whoever plans");
+    let workers = BTreeSet::from([w("w1"), w("w3"), w("w8")]);
+    deploy_demanding(&mut state, "n", 3, Demands { workers, ..Demands::default() });
+    let planned = plan(&state);
+    assert_eq!(planned.unplaced[1].reason, "needs 3 workers of w1, w3, w8, 2 are there");
+    place(&mut state);
+    assert_eq!(hosts(&state, "n"), ["w1", "w3"]);
+}
+
+#[test]
+fn a_deployment_that_wants_other_workers_moves_there_and_answers_meanwhile() {
+    let mut state = cluster(&["w1", "w2", "w3"], "m", 2);
+    let workers = BTreeSet::from([w("w2"), w("w3")]);
+    deploy_demanding(&mut state, "m", 2, Demands { workers, ..Demands::default() });
+    let planned = plan(&state);
+    assert_eq!((planned.relieve, planned.add), (vec![replica("m", 1, "w1")], vec![replica("m", 1, "w3")]));
+    place(&mut state);
+    assert_eq!(routes::routes(&state).models[0].shards[0], [w("w1"), w("w2")]);
+    ready(&mut state, "w3");
+    place(&mut state);
+    assert_eq!(hosts(&state, "m"), ["w2", "w3"]);
+}
+
+#[test]
+fn a_replica_fits_each_device_that_it_is_on() {
+    let device = |name: &str| Device { name: name.into(), memory_bytes: 1024 * MIB };
+    let mut state = registered(&["w1"]);
+    let devices = vec![device("cuda:0"), device("cuda:1")];
+    run(&mut state, CommandBody::RegisterWorker(crate::command::Registration { devices, ..registration("w2", 1) }));
+    let sized = |size_bytes, gpus_min, gpus_used| {
+        let mut set = crate::command::DeploySet::from(&DeploySpec { size_bytes, ..spec("m", 1, 1) });
+        set.versions[0].demands = Demands { gpus_min, gpus_used, ..Demands::default() };
+        CommandBody::DeploySet(set)
+    };
+    let reason = |state: &ClusterState| plan(state).unplaced.first().map(|unplaced| unplaced.reason.clone());
+    run(&mut state, sized(800 * MIB, 1, 0));
+    assert_eq!(plan(&state).add, [replica("m", 1, "w2")], "960 MiB on both");
+    run(&mut state, sized(900 * MIB, 1, 0));
+    assert_eq!(reason(&state).unwrap(), "needs 1 worker with a GPU, 0 are there; 1 more with less than 1080 MiB");
+    run(&mut state, sized(100 * MIB, 3, 0));
+    assert_eq!(reason(&state).unwrap(), "needs 1 worker with 3 GPUs, 0 are there");
+    run(&mut state, sized(500 * MIB, 1, 0));
+    place(&mut state);
+    let free =
+        |state: &ClusterState| loads(state, &Policy::default(), &BTreeMap::new())[&w("w2")].memory_free_bytes / i128::from(MIB);
+    assert_eq!(free(&state), 2048 - 2 * 600);
+    run(&mut state, sized(500 * MIB, 1, 1));
+    assert_eq!(free(&state), 2048 - 600, "on one of them");
+}
+
+#[test]
+fn both_generations_take_memory_while_a_version_is_loaded_anew() {
+    let mut state = registered(&["w1"]);
+    let sized =
+        |name: &str, digest: u8, size_bytes| DeploySpec { size_bytes, digest: format!("{digest:064x}"), ..spec(name, 1, 1) };
+    run(&mut state, CommandBody::Deploy(sized("large", 1, 400 * MIB)));
+    place(&mut state);
+    ready(&mut state, "w1");
+    run(&mut state, CommandBody::Deploy(sized("large", 2, 300 * MIB)));
+    run(&mut state, CommandBody::Deploy(sized("also", 1, 200 * MIB)));
+    // 480 MiB of the old one, 360 of the new one, 240 for the other, of 1024.
+    let heartbeat = BTreeMap::from([(w("w1"), (1024 - 480) * MIB)]);
+    for said in [&BTreeMap::new(), &heartbeat] {
+        let planned = super::plan(&state, &Policy::default(), said);
+        assert_eq!((planned.add, planned.unplaced[0].reason.as_str()), (vec![], "no other worker has 240 MiB free"));
+    }
+    ready(&mut state, "w1");
+    assert_eq!(plan(&state).add, [replica("also", 1, "w1")], "the old one has gone");
+}
+
+#[test]
 fn a_worker_that_is_left_alone_gets_nothing_new_and_keeps_what_it_has() {
-    let avoiding = |state: &ClusterState| plan_avoiding(state, &Policy::default(), &BTreeMap::new(), &BTreeSet::from([w("w1")]));
+    let seen = Seen { avoided: BTreeSet::from([w("w1")]), ..Seen::default() };
+    let avoiding = |state: &ClusterState| plan_seeing(state, &Policy::default(), &seen);
     let mut state = cluster(&["w1", "w2", "w3"], "m", 2);
     assert_eq!(hosts(&state, "m"), ["w1", "w2"]);
     assert!(avoiding(&state).is_empty());
@@ -234,4 +379,87 @@ fn a_worker_that_is_left_alone_gets_nothing_new_and_keeps_what_it_has() {
     let planned = avoiding(&state);
     assert_eq!((planned.add, planned.unplaced.len()), (vec![replica("n", 1, "w2"), replica("n", 1, "w3")], 1));
     assert_eq!(plan(&state).add.len(), 3);
+}
+
+/// What is seen when routers have left these workers alone for long.
+fn abandoning(workers: &[&str]) -> Seen {
+    let workers: BTreeSet<WorkerId> = workers.iter().map(|name| w(name)).collect();
+    Seen { avoided: workers.clone(), abandoned: workers, ..Seen::default() }
+}
+
+#[test]
+fn what_all_leave_alone_is_replaced_and_serves_until_then() {
+    let mut state = cluster(&["w1", "w2", "w3"], "m", 2);
+    let seen = abandoning(&["w1"]);
+    let first = place_seeing(&mut state, &seen);
+    assert_eq!(
+        (&first.relieve, &first.add, &first.remove),
+        (&vec![replica("m", 1, "w1")], &vec![replica("m", 1, "w3")], &vec![])
+    );
+    let served = |state: &ClusterState| routes::routes(state).models[0].shards[0].clone();
+    assert_eq!(served(&state), [w("w1"), w("w2")], "whoever can reach it, may");
+    assert!(plan_seeing(&state, &Policy::default(), &seen).is_empty(), "w3 is loading");
+    assert!(plan(&state).is_empty(), "and the next leader, who hasn't heard of any doubt, goes on with it");
+    ready(&mut state, "w3");
+    assert_eq!(served(&state), [w("w2"), w("w3")]);
+    assert_eq!(plan(&state).remove, vec![replica("m", 1, "w1")]);
+    place(&mut state);
+    assert_eq!(hosts(&state, "m"), ["w2", "w3"]);
+    assert!(plan_seeing(&state, &Policy::default(), &seen).is_empty());
+}
+
+#[test]
+fn no_more_than_the_budget_is_on_the_move() {
+    let mut state = registered(&["w1"]);
+    for number in 0..10 {
+        deploy(&mut state, &format!("m{number}"), 1, 1);
+    }
+    place(&mut state);
+    ready(&mut state, "w1");
+    register(&mut state, "w2", 1);
+    let seen = abandoning(&["w1"]);
+    for begun in [4, 8, 10] {
+        assert_eq!(place_seeing(&mut state, &seen).relieve.len(), if begun == 10 { 2 } else { 4 });
+        assert!(plan_seeing(&state, &Policy::default(), &seen).is_empty());
+        assert_eq!(
+            (state.replicas_on(&w("w1")).count(), state.replicas_on(&w("w2")).count()),
+            (if begun == 10 { 2 } else { 14 - begun }, begun)
+        );
+        ready(&mut state, "w2");
+    }
+    place_seeing(&mut state, &seen);
+    assert_eq!((state.replicas_on(&w("w1")).count(), state.replicas_on(&w("w2")).count()), (0, 10));
+}
+
+#[test]
+fn what_never_answered_on_a_worker_that_is_left_alone_just_goes_and_what_failed_stays() {
+    let mut state = deployed(&["w1", "w2"], "m", 1);
+    place(&mut state);
+    let moved = place_seeing(&mut state, &abandoning(&["w1"]));
+    assert_eq!((moved.relieve.len(), moved.add.len(), moved.remove.len()), (1, 1, 1));
+    assert_eq!(hosts(&state, "m"), ["w2"]);
+    fail(&mut state, "w2", "corrupt");
+    assert!(plan_seeing(&state, &Policy::default(), &abandoning(&["w2"])).is_empty());
+}
+
+#[test]
+fn a_move_that_fails_takes_nothing_away() {
+    let mut state = cluster(&["w1", "w2", "w3"], "m", 2);
+    let seen = abandoning(&["w1"]);
+    place_seeing(&mut state, &seen);
+    fail(&mut state, "w3", "out of memory");
+    assert!(plan_seeing(&state, &Policy::default(), &seen).is_empty());
+    assert_eq!(routes::routes(&state).models[0].shards[0], [w("w1"), w("w2")]);
+    deploy(&mut state, "m", 1, 2);
+    ready(&mut state, "w3");
+    place(&mut state);
+    assert_eq!(hosts(&state, "m"), ["w2", "w3"]);
+}
+
+#[test]
+fn where_most_workers_are_left_alone_or_nobody_can_take_over_nothing_moves() {
+    let state = cluster(&["w1", "w2", "w3"], "m", 2);
+    assert!(plan_seeing(&state, &Policy::default(), &abandoning(&["w1", "w2"])).is_empty());
+    let state = cluster(&["w1", "w2"], "m", 2);
+    assert!(plan_seeing(&state, &Policy::default(), &abandoning(&["w1"])).is_empty());
 }

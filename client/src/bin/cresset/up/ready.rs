@@ -134,8 +134,9 @@ async fn deploy(goal: &Goal, name: &str, statuses: &Statuses) -> Result<(), Read
         return Ok(());
     }
     let cluster = Cluster::new(goal.coordinators.clone(), DEPLOY_TIMEOUT);
-    let accepted =
-        send_deploy(&cluster, name, None, None).await.map_err(|error| ReadyError::Deploy { name: name.to_owned(), error })?;
+    let accepted = send_deploy(&cluster, name, None, None, None)
+        .await
+        .map_err(|error| ReadyError::Deploy { name: name.to_owned(), error })?;
     // What was known before was about an earlier deployment.
     let new = |report: &Report| {
         let mut versions = accepted.versions.iter();

@@ -40,7 +40,9 @@ impl Narrator {
     }
 
     fn worker_lines(&self, old: Option<&Report>, new: &Report, lines: &mut Vec<String>) {
-        let before_of = |worker: &Worker| old.and_then(|old| old.workers.iter().find(|before| before.id == worker.id));
+        // One that is joining is ready before anybody has read of it.
+        let is_before = |before: &&Worker, worker: &Worker| before.id == worker.id && before.state != "joining";
+        let before_of = |worker: &Worker| old.and_then(|old| old.workers.iter().find(|before| is_before(before, worker)));
         let is_new = |worker: &Worker| before_of(worker).is_none_or(|before| before.incarnation != worker.incarnation);
         let mut ready = new.workers.iter().filter(|worker| worker.state == "ready" && !is_new(worker)).count();
         for worker in &new.workers {
@@ -51,7 +53,7 @@ impl Narrator {
             let expected = self.workers_expected.max(ready);
             match worker.state {
                 "ready" if is_new_life => lines.push(format!("{} registered ({ready} of {expected} workers)", worker.id)),
-                state if was != Some(state) && (before.is_some() || state != "dead") => {
+                state if was != Some(state) && state != "joining" && (before.is_some() || !worker.is_over()) => {
                     lines.push(format!("{} is {state}", worker.id))
                 }
                 _ => {}
