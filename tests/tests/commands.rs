@@ -140,7 +140,13 @@ async fn a_command_that_is_sent_twice_is_applied_once() {
     let leader = cluster.leader().await.unwrap();
     let other = others(&cluster, &leader)[0].clone();
     let (mut at_leader, mut beside) = (admin(&cluster, &leader).await, admin(&cluster, &other).await);
-    let deploy = |id: u8| DeployRequest { command_id: vec![id; 16].into(), name: "plus_one".into(), version: 0, replicas: 1 };
+    let deploy = |id: u8| DeployRequest {
+        command_id: vec![id; 16].into(),
+        name: "plus_one".into(),
+        version: 0,
+        replicas: 1,
+        demands: None,
+    };
     let first = beside.deploy(deploy(1)).await.unwrap().into_inner();
     let again = at_leader.deploy(deploy(1)).await.unwrap().into_inner();
     assert_eq!(first, again, "the same answer");

@@ -130,7 +130,9 @@ int32_t crst_set_threads(int32_t intra, int32_t inter, crst_error* error) {
 
 int32_t crst_set_intra_op_threads(int32_t intra, crst_error* error) {
   return guarded(error, [&] {
-    // What OpenMP and MKL keep of this belongs to the calling thread.
+    // What OpenMP and MKL keep of this belongs to the calling thread. But a thread's first question makes it take over what
+    // any thread was last told, so it is asked before and not in its first operation.
+    at::get_num_threads();
     at::set_num_threads(intra);
   });
 }

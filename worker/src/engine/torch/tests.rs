@@ -55,6 +55,16 @@ fn read_floats(tensor: &OutputTensor) -> Vec<f32> {
 }
 
 #[test]
+fn a_model_computes_with_its_own_number_of_threads_whatever_others_are_told() {
+    let one_model = std::thread::spawn(|| {
+        TorchEngine.set_intra_op_threads(2).unwrap();
+        std::thread::spawn(|| TorchEngine.set_intra_op_threads(1).unwrap()).join().unwrap();
+        tch::get_num_threads()
+    });
+    assert_eq!(one_model.join().unwrap(), 2);
+}
+
+#[test]
 fn parts_are_laid_one_after_the_other() {
     let mut model = load(&testing::plus_one(), &["x"], &["y"]);
     let (first, second) = (floats(&[1, 2], &[1.0, 2.0]), floats(&[2, 2], &[3.0, 4.0, 5.0, 6.0]));
