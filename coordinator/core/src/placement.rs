@@ -155,7 +155,7 @@ struct Fit<'a> {
 /// How gladly a replica is given up where there is one too many. Lower goes first.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Worth<'a> {
-    /// What isn't wanted on its worker any more goes first.
+    /// What had better not be on its worker goes first.
     suits: bool,
     /// What answers goes last.
     answers: bool,
@@ -182,8 +182,8 @@ impl<'a> Planner<'a> {
         workers.filter(|worker| self.loads.get(worker).is_some_and(|load| load.zone == zone)).count()
     }
 
-    /// Gives up what is more than wanted, what is worth least first. What answers where it isn't wanted any more waits until
-    /// those that stay are ready.
+    /// Gives up what is more than wanted, what is worth least first. What answers where it had better not be waits until those
+    /// that stay are ready.
     fn remove_surplus(&mut self, key: &ModelKey, deployment: &Deployment, shard: u32, found: &mut Shard<'a>) {
         let mut given_up = Vec::new();
         while found.staying.len() > deployment.replicas_wanted as usize {
@@ -198,9 +198,12 @@ impl<'a> Planner<'a> {
         }
         let all_ready = found.staying.iter().all(|(_, replica)| replica.state == ReplicaState::Ready);
         for (worker, replica) in given_up {
-            if !all_ready && replica.answering().is_some() && self.is_misplaced(deployment, worker) {
+            let is_out_of_place = self.is_out_of_place(deployment, worker);
+            if is_out_of_place {
+                // It is in nobody's way then, whatever else of its shard moves.
                 self.plan.relieve.push(replica_id(key, shard, worker));
-            } else {
+            }
+            if all_ready || !is_out_of_place || replica.answering().is_none() {
                 self.end(key, deployment, shard, worker, replica);
             }
         }
@@ -216,7 +219,7 @@ impl<'a> Planner<'a> {
         let load = self.loads.get(worker);
         let hosts = staying.iter().map(|(worker, _)| *worker);
         Worth {
-            suits: !self.is_misplaced(deployment, worker),
+            suits: !self.is_out_of_place(deployment, worker),
             answers: replica.answering().is_some(),
             progress: match replica.state {
                 ReplicaState::Failed => 0,
@@ -282,7 +285,9 @@ impl<'a> Planner<'a> {
         let planned = self.plan.add.iter().filter(|id| id.is_of(key) && id.shard == shard).map(|id| &id.worker);
         let staying = found.staying.iter().map(|(worker, _)| *worker).filter(|worker| Some(*worker) != relieved);
         let staying: Vec<&WorkerId> = staying.chain(planned.clone()).collect();
-        let hosts: Vec<&WorkerId> = found.hosts().chain(planned).collect();
+        // Where a replica ends in this plan, its successor may begin.
+        let ends = |worker: &&WorkerId| self.plan.remove.contains(&replica_id(key, shard, worker));
+        let hosts: Vec<&WorkerId> = found.hosts().filter(|worker| !ends(worker)).chain(planned).collect();
         let candidates =
             self.loads.iter().filter(|(worker, load)| !hosts.contains(worker) && self.takes(worker, load, deployment));
         let fits = candidates.map(|(worker, load)| Fit {
@@ -335,7 +340,10 @@ impl<'a> Planner<'a> {
 
     /// Ends replicas on workers that leave: at once if they don't answer, else when the others are settled.
     fn release_leaving(&mut self, key: &ModelKey, shard: u32) {
-        let found = Shard::survey(self.state, key, shard);
+        let mut found = Shard::survey(self.state, key, shard);
+        // What ends in this plan isn't waited for.
+        found.staying.retain(|(worker, _)| !self.plan.remove.contains(&replica_id(key, shard, worker)));
+        found.answering.retain(|worker| !self.plan.remove.contains(&replica_id(key, shard, worker)));
         let coming = self.plan.add.iter().any(|id| id.is_of(key) && id.shard == shard);
         let relieved = !coming && found.is_settled() && !found.answering.is_empty();
         for worker in found.leaving {

@@ -47,15 +47,22 @@ impl<'a> Planner<'a> {
                 }
             }
         }
-        // Where most workers are in doubt, the fault lies rather with whoever doubts.
-        if self.seen.abandoned.is_empty() || 2 * self.seen.abandoned.len() > self.loads.len() {
-            return;
-        }
         for (id, replica) in &self.state.replicas {
-            if self.seen.abandoned.contains(&id.worker) {
+            if self.is_abandoned(&id.worker) {
                 self.relieve_one(id, replica, &mut left);
             }
         }
+    }
+
+    /// Whether what is on a worker should be elsewhere, since it is left alone. Where most are, the fault lies rather with whoever
+    /// leaves them alone.
+    fn is_abandoned(&self, worker: &WorkerId) -> bool {
+        2 * self.seen.abandoned.len() <= self.loads.len() && self.seen.abandoned.contains(worker)
+    }
+
+    /// Whether a replica had better be elsewhere.
+    pub(super) fn is_out_of_place(&self, deployment: &Deployment, worker: &WorkerId) -> bool {
+        self.is_misplaced(deployment, worker) || self.is_abandoned(worker)
     }
 
     /// Whether a replica is where its deployment doesn't want it any more.

@@ -217,7 +217,7 @@ proptest! {
         let mut taken: BTreeMap<&WorkerId, u64> = BTreeMap::new();
         for id in &first.add {
             let (worker, demands) = (&state.workers[&id.worker], &state.models[&id.key()].demands);
-            prop_assert!(!state.replicas.contains_key(id), "already there");
+            prop_assert!(!state.replicas.contains_key(id) || first.remove.contains(id), "already there");
             prop_assert_eq!(worker.state, WorkerState::Ready);
             prop_assert!(demands.are_met_by(&id.worker, worker) && !seen.avoided.contains(&id.worker), "{:?}", id);
             *taken.entry(&id.worker).or_default() += need_bytes(&state.models[&id.key()], &policy, &free[&id.worker]);
@@ -237,10 +237,12 @@ proptest! {
             moving.filter(|(id, _)| !Shard::survey(state, &id.key(), id.shard).is_settled()).count()
         };
         // What answers and begins elsewhere; what is given up where enough others are needs no place.
-        let begun = first.relieve.iter().filter(|id| {
-            state.replicas[*id].answering().is_some() && first.add.iter().any(|added| added.is_of(&id.key()))
-        });
-        prop_assert!(begun.count() <= policy.moves_max.saturating_sub(under_way(&state)));
+        let relieved = |id: &ReplicaId| state.replicas[id].answering().is_some();
+        let begun = |key: &ModelKey| {
+            let begins = first.add.iter().filter(|id| id.is_of(key)).count();
+            first.relieve.iter().filter(|id| id.is_of(key) && relieved(id)).count().min(begins)
+        };
+        prop_assert!(state.models.keys().map(begun).sum::<usize>() <= policy.moves_max.saturating_sub(under_way(&state)));
         run(&mut state, first.into_command());
         prop_assert!(served(&state).is_superset(&served_before), "a plan costs nobody an answer");
         let second = plan_seeing(&state, &policy, &seen);
