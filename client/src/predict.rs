@@ -98,6 +98,7 @@ struct Checked {
 }
 
 /// What a request is, once it is known whether it belongs to a sequence.
+#[expect(clippy::large_enum_variant, reason = "it lives for a moment, and a box would be an allocation for most requests")]
 enum Work {
     /// With which version it means, and what it is known by if its caller may send it again. That is boxed, as few may.
     Single(ModelInferRequest, Version, Option<Box<answered::Key>>),
