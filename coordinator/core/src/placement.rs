@@ -241,6 +241,11 @@ impl<'a> Planner<'a> {
         self.plan.remove.push(replica_id(key, shard, worker));
     }
 
+    /// Whether this plan ends the replica there.
+    fn has_ended(&self, key: &ModelKey, shard: u32, worker: &WorkerId) -> bool {
+        self.plan.remove.contains(&replica_id(key, shard, worker))
+    }
+
     /// Begins a replica in this plan.
     fn begin(&mut self, key: &ModelKey, deployment: &Deployment, shard: u32, worker: &'a WorkerId) {
         if let Some(load) = self.loads.get_mut(worker) {
@@ -286,8 +291,7 @@ impl<'a> Planner<'a> {
         let staying = found.staying.iter().map(|(worker, _)| *worker).filter(|worker| Some(*worker) != relieved);
         let staying: Vec<&WorkerId> = staying.chain(planned.clone()).collect();
         // Where a replica ends in this plan, its successor may begin.
-        let ends = |worker: &&WorkerId| self.plan.remove.contains(&replica_id(key, shard, worker));
-        let hosts: Vec<&WorkerId> = found.hosts().filter(|worker| !ends(worker)).chain(planned).collect();
+        let hosts: Vec<&WorkerId> = found.hosts().filter(|worker| !self.has_ended(key, shard, worker)).chain(planned).collect();
         let candidates =
             self.loads.iter().filter(|(worker, load)| !hosts.contains(worker) && self.takes(worker, load, deployment));
         let fits = candidates.map(|(worker, load)| Fit {
@@ -342,8 +346,8 @@ impl<'a> Planner<'a> {
     fn release_leaving(&mut self, key: &ModelKey, shard: u32) {
         let mut found = Shard::survey(self.state, key, shard);
         // What ends in this plan isn't waited for.
-        found.staying.retain(|(worker, _)| !self.plan.remove.contains(&replica_id(key, shard, worker)));
-        found.answering.retain(|worker| !self.plan.remove.contains(&replica_id(key, shard, worker)));
+        found.staying.retain(|(worker, _)| !self.has_ended(key, shard, worker));
+        found.answering.retain(|worker| !self.has_ended(key, shard, worker));
         let coming = self.plan.add.iter().any(|id| id.is_of(key) && id.shard == shard);
         let relieved = !coming && found.is_settled() && !found.answering.is_empty();
         for worker in found.leaving {

@@ -1,7 +1,10 @@
 //! Administration: status, deployments, the model repository.
 use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
 
-use cresset_core::{Command, CommandBody, CommandId, Reject, WorkerId, state::WorkerState};
+use cresset_core::{
+    Command, CommandBody, CommandId, Reject, WorkerId,
+    state::{Incarnation, WorkerState},
+};
 use cresset_proto::{
     admin::v1::{
         BackupRequest, ChangeMembersRequest, ChangeMembersResponse, Demands, DeployRequest, DeployResponse, DrainWorkerRequest,
@@ -13,7 +16,7 @@ use cresset_proto::{
     reason::Reason,
 };
 use futures::{Stream, StreamExt};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -29,6 +32,16 @@ const WATCH_PAUSE: Duration = Duration::from_millis(100);
 
 pub(super) struct Admin {
     pub(super) context: Arc<Context>,
+}
+
+impl Admin {
+    /// The newest life of a worker, and what it is: known for sure, since a life that has ended is beyond any command.
+    async fn newest_life(&self, worker: &WorkerId, deadline: Instant) -> Result<(Incarnation, WorkerState), Status> {
+        let barrier = self.context.consensus.read_barrier(deadline).await;
+        barrier.map_err(|error| Reason::NoLeader.status(error.to_string()))?;
+        let known = self.context.consensus.state().workers.get(worker).map(|worker| (worker.incarnation, worker.state));
+        known.ok_or_else(|| reject_status(&Reject::UnknownWorker { worker: worker.clone() }))
+    }
 }
 
 #[tonic::async_trait]
@@ -96,20 +109,15 @@ impl AdminService for Admin {
         let request = request.into_inner();
         let id = command_id(&request.command_id)?;
         let worker = worker_id(&request.worker_id)?;
-        // A life that has ended can't leave any more: which one is the newest had better be known for sure.
-        let barrier = self.context.consensus.read_barrier(deadline).await;
-        barrier.map_err(|error| Reason::NoLeader.status(error.to_string()))?;
-        let known = self.context.consensus.state().workers.get(&worker).map(|worker| (worker.incarnation, worker.state));
-        let incarnation = match known {
-            Some((_, WorkerState::Dead)) => {
+        let incarnation = match self.newest_life(&worker, deadline).await? {
+            (_, WorkerState::Dead) => {
                 let text = format!("worker {worker} is dead, and what it held is being placed elsewhere already");
                 return Err(Reason::Conflict.status(text));
             }
-            Some((_, WorkerState::Removed)) => {
+            (_, WorkerState::Removed) => {
                 return Err(Reason::Conflict.status(format!("worker {worker} was removed, and holds nothing")));
             }
-            Some((incarnation, _)) => incarnation,
-            None => return Err(reject_status(&Reject::UnknownWorker { worker })),
+            (incarnation, _) => incarnation,
         };
         let body = CommandBody::DrainWorker { worker, incarnation };
         let outcome = self.context.agree(&Command { id, body }, deadline).await?;
@@ -121,10 +129,7 @@ impl AdminService for Admin {
         let request = request.into_inner();
         let id = command_id(&request.command_id)?;
         let worker = worker_id(&request.worker_id)?;
-        let barrier = self.context.consensus.read_barrier(deadline).await;
-        barrier.map_err(|error| Reason::NoLeader.status(error.to_string()))?;
-        let known = self.context.consensus.state().workers.get(&worker).map(|worker| worker.incarnation);
-        let Some(incarnation) = known else { return Err(reject_status(&Reject::UnknownWorker { worker })) };
+        let (incarnation, _) = self.newest_life(&worker, deadline).await?;
         let body = CommandBody::RemoveWorker { worker, incarnation };
         let outcome = self.context.agree(&Command { id, body }, deadline).await?;
         Ok(Response::new(RemoveWorkerResponse { epoch: epoch_of(&outcome), incarnation }))
