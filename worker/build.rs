@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 include!("native/rpath.rs");
 
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 11] = [
     "module.cpp",
     "memory.cpp",
+    "file.cpp",
     "inputs.cpp",
     "results.cpp",
     "forward.cpp",
@@ -16,7 +17,7 @@ const SOURCES: [&str; 10] = [
     "restore.cpp",
     "testing.cpp",
 ];
-const HEADERS: [&str; 5] = ["engine.h", "common.h", "values.h", "attributes.h", "state.h"];
+const HEADERS: [&str; 6] = ["engine.h", "common.h", "file.h", "values.h", "attributes.h", "state.h"];
 
 fn main() {
     for arg in libtorch_link_args() {

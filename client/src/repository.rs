@@ -375,7 +375,7 @@ fn list(folder: &Path, prefix: &str, files: &mut Vec<(String, u64)>) -> io::Resu
 
 fn digest(folder: &Path, files: &[(String, u64)]) -> Result<String, (String, io::Error)> {
     let mut hash = Sha256::new();
-    let mut buffer = vec![0u8; 1 << 20];
+    let mut buffer = vec![0u8; 1 << 17];
     for (name, size) in files {
         hash.update(archive::header(name, *size));
         let mut file = File::open(folder.join(name)).map_err(|error| (name.clone(), error))?;

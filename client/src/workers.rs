@@ -43,7 +43,7 @@ impl Default for ConnectionSettings {
         Self {
             connect_timeout: Duration::from_millis(500),
             keepalive_interval: Duration::from_millis(400),
-            keepalive_timeout: Duration::from_secs(1),
+            keepalive_timeout: Duration::from_millis(600),
             message_bytes_max: i32::MAX as usize,
             stream_window_bytes: 8 << 20,
             connection_window_bytes: 64 << 20,

@@ -13,6 +13,7 @@
 #include <mutex>
 
 #include "common.h"
+#include "file.h"
 
 namespace crst {
 
@@ -170,7 +171,7 @@ int32_t crst_module_load(const char* path, int32_t cuda, crst_module** out, crst
     // Not in inference mode: only tensors from outside it count the writes to them, which is how a
     // module that changes its shared weights is noticed.
     at::NoGradGuard no_grad;
-    crst::Module module = torch::jit::load(std::string(path), device);
+    crst::Module module = torch::jit::load(std::make_shared<crst::PiecewiseFile>(path), device);
     module.eval();
     if (!module.find_method("forward").has_value()) {
       throw crst::Refusal{CRST_FAILED, "the module has no method `forward`"};

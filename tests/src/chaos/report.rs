@@ -51,14 +51,14 @@ const CLASSES: [(&str, Class); 2] = [("kill", Class::WorkerKill), ("gray", Class
 
 /// The pauses of every class.
 pub fn pauses(lanes: &[Lane], happened: &[Happened], coordinator: &BTreeMap<String, String>) -> BTreeMap<&'static str, Pauses> {
-    let of = |class, resumes: Option<bool>| {
-        let counts = move |lane: &&Lane| resumes.is_none_or(|resumes| lane.way.resumes() == resumes);
-        pauses::of_class(lanes.iter().filter(counts), happened, class, coordinator)
+    let of = |class, counts: fn(Way) -> bool| {
+        pauses::of_class(lanes.iter().filter(|lane| counts(lane.way)), happened, class, coordinator)
     };
-    let mut all: BTreeMap<_, _> = CLASSES.into_iter().map(|(name, class)| (name, of(class, None))).collect();
-    // Whoever is at a coordinator and goes on at another waits for that.
-    all.insert("coordinator", of(Class::Coordinator, Some(false)));
-    all.insert("resume", of(Class::Coordinator, Some(true)));
+    let mut all: BTreeMap<_, _> = CLASSES.into_iter().map(|(name, class)| (name, of(class, |_| true))).collect();
+    // Whoever is at a coordinator and goes on at another waits for that, each as long as its own client takes to notice.
+    all.insert("coordinator", of(Class::Coordinator, |way| !way.resumes()));
+    all.insert("resume", of(Class::Coordinator, |way| way == Way::Resumed));
+    all.insert("resume tritonclient", of(Class::Coordinator, |way| way == Way::ResumedTriton));
     all
 }
 
@@ -188,6 +188,8 @@ impl Report {
             "resume_affected": affected("resume"),
             "resume_pause_p50_ms": pause("resume", 0.5),
             "resume_pause_p99_ms": pause("resume", 0.99),
+            "resume_tritonclient_pause_p50_ms": pause("resume tritonclient", 0.5),
+            "resume_tritonclient_pause_p99_ms": pause("resume tritonclient", 0.99),
             "coordinator_pause_p99_ms": pause("coordinator", 0.99),
             "stood_still_ms": self.stood_still.as_secs_f64() * 1e3,
             "good": self.is_good(),

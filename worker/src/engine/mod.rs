@@ -41,6 +41,7 @@ mod error;
 mod kind;
 mod null;
 pub mod prepare;
+pub mod priority;
 pub mod signature;
 pub mod testing;
 mod torch;

@@ -15,14 +15,11 @@ use tokio::{runtime::Handle, sync::oneshot, time::timeout};
 use super::LoadError;
 use crate::{
     contract::{Contract, OutputSpec},
-    engine::{Device, EngineKind, InputBinding, LoadSpec, OutputBinding, Signature},
+    engine::{Device, EngineKind, InputBinding, LoadSpec, OutputBinding, Signature, priority},
 };
 
 /// The largest label, warm-up or initial-state file, in bytes.
 const SIDE_FILE_BYTES_MAX: u64 = 1 << 30;
-
-/// How far work in the background stands back for requests: about a tenth of a core that both want.
-const BACKGROUND_NICE: i32 = 10;
 
 /// Loads that were given up and still hold a thread. Beyond these, only a new process gets rid of them.
 const HUNG_MAX: usize = 4;
@@ -55,10 +52,7 @@ impl Background {
         let life = Arc::new(());
         let lives = Arc::downgrade(&life);
         let body = move || {
-            // On Linux this is about the calling thread, and those that it starts. Without it everything works as well.
-            if let Err(error) = rustix::process::setpriority_process(None, BACKGROUND_NICE) {
-                tracing::debug!(%error, "loading doesn't stand back for requests");
-            }
+            priority::stand_back("loading");
             let _within = runtime.enter();
             // Whoever waited may have gone.
             let _ = done.send(work());

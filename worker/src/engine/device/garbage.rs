@@ -4,6 +4,8 @@ use std::sync::OnceLock;
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::engine::priority;
+
 /// Things that may wait to be freed. Whatever comes beyond is freed by whoever drops it.
 const GARBAGE_MAX: usize = 1024;
 
@@ -43,6 +45,7 @@ fn freer() -> Option<&'static mpsc::Sender<Garbage>> {
 }
 
 fn serve(mut garbage: mpsc::Receiver<Garbage>) {
+    priority::stand_back("freeing");
     let mut together = Vec::with_capacity(GARBAGE_MAX);
     while garbage.blocking_recv_many(&mut together, GARBAGE_MAX) > 0 {
         let mut any_large = false;
