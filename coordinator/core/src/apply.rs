@@ -10,6 +10,8 @@
 //! `deployments` has the part that is about models: versions, generations and labels.
 mod deployments;
 
+use std::collections::BTreeSet;
+
 use crate::{
     Command, CommandBody, Outcome, PeerId, Reject, WorkerId,
     command::{DEVICES_MAX, MOVES_MAX, PEERS_MAX, REASON_BYTES_MAX, Registration, ReplicaReport, TEXT_BYTES_MAX, WORKERS_MAX},
@@ -62,6 +64,8 @@ pub fn apply(state: &mut ClusterState, command: &Command) -> (Outcome, Vec<Effec
 }
 
 fn change(state: &mut ClusterState, body: &CommandBody, effects: &mut Vec<Effect>) -> Result<Outcome, Reject> {
+    // Before the change, which may take away what tells it.
+    let touched = touched(state, body);
     match body {
         CommandBody::AnnouncePeer { peer, info } => announce_peer(state, *peer, info)?,
         CommandBody::ChangeMembers(change) => members::change(state, change, effects)?,
@@ -78,8 +82,28 @@ fn change(state: &mut ClusterState, body: &CommandBody, effects: &mut Vec<Effect
         CommandBody::Rearrange { epoch_seen, relieve, add, remove } => place(state, *epoch_seen, relieve, add, remove)?,
         CommandBody::ReportReplicas { worker, incarnation, replicas } => report(state, worker, *incarnation, replicas)?,
     }
-    deployments::settle(state);
+    touched.iter().for_each(|name| deployments::settle(state, name));
     Ok(Outcome::Done { epoch: state.epoch })
+}
+
+/// The models, by name, for which a command may end a wait. Those of all others are as settled as they were before it, so that
+/// a command costs as much as what it is about.
+fn touched(state: &ClusterState, body: &CommandBody) -> BTreeSet<String> {
+    let on = |worker: &WorkerId| state.replicas_on(worker).map(|(id, _)| id.model.clone()).collect();
+    let of = |moves: &[&Vec<ReplicaId>]| moves.iter().flat_map(|ids| ids.iter()).map(|id| id.model.clone()).collect();
+    match body {
+        CommandBody::AnnouncePeer { .. } | CommandBody::ChangeMembers(_) | CommandBody::SetLabels { .. } => BTreeSet::new(),
+        // They see to it themselves.
+        CommandBody::Deploy(_) | CommandBody::DeploySet(_) => BTreeSet::new(),
+        CommandBody::Undeploy { name } | CommandBody::UndeployVersion { name, .. } => BTreeSet::from([name.clone()]),
+        CommandBody::RegisterWorker(registration) => on(&registration.worker),
+        CommandBody::DrainWorker { worker, .. }
+        | CommandBody::MarkDead { worker, .. }
+        | CommandBody::RemoveWorker { worker, .. } => on(worker),
+        CommandBody::Place { add, remove, .. } => of(&[add, remove]),
+        CommandBody::Rearrange { relieve, add, remove, .. } => of(&[relieve, add, remove]),
+        CommandBody::ReportReplicas { replicas, .. } => replicas.iter().map(|report| report.model.clone()).collect(),
+    }
 }
 
 fn announce_peer(state: &mut ClusterState, peer: PeerId, info: &PeerInfo) -> Result<(), Reject> {
@@ -142,9 +166,7 @@ fn register(state: &mut ClusterState, registration: &Registration, effects: &mut
     let epoch = advance(state);
     if !same_life {
         // The new life holds nothing yet, and no route may name it as if it did.
-        for replica in state.replicas.iter_mut().filter(|(replica, _)| replica.worker == *id).map(|(_, replica)| replica) {
-            reset(replica, epoch);
-        }
+        state.replicas.change_on(id, |replica| reset(replica, epoch));
         effects.push(Effect::WorkerFenced { worker: id.clone(), incarnation_min: *incarnation });
     }
     Ok(())
@@ -209,7 +231,7 @@ fn end_life(state: &mut ClusterState, id: &WorkerId, incarnation: Incarnation, a
     worker.state = as_what;
     worker.incarnation_floor = incarnation.saturating_add(1);
     let incarnation_min = worker.incarnation_floor;
-    state.replicas.retain(|replica, _| replica.worker != *id);
+    state.replicas.remove_on(id);
     advance(state);
     effects.push(Effect::WorkerFenced { worker: id.clone(), incarnation_min });
 }
@@ -270,7 +292,7 @@ fn may_remove(state: &ClusterState, id: &ReplicaId) -> bool {
     let (Some(replica), Some(deployment)) = (state.replicas.get(id), state.models.get(&id.key())) else { return false };
     let shard = Shard::survey(state, &id.key(), id.shard);
     let leaves = shard.gives_up(&id.worker);
-    let answers_elsewhere = shard.answering.iter().any(|worker| **worker != id.worker);
+    let answers_elsewhere = shard.answering().any(|worker| *worker != id.worker);
     let surplus = shard.staying.len() > deployment.replicas_wanted as usize;
     (leaves || surplus) && (answers_elsewhere || replica.answering().is_none())
 }

@@ -2,11 +2,14 @@
 //!
 //! Plain data, the same on every peer. Nothing here decides; [`apply`](mod@crate::apply) is the only code that changes it.
 //! Absent on purpose: heartbeats, free memory and anything else that changes by itself. That lives on the leader.
+mod replicas;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use self::replicas::Replicas;
 use crate::{
     PeerId, WorkerId,
     codec::blob,
@@ -59,7 +62,7 @@ pub struct ClusterState {
     #[serde(default)]
     pub labels: BTreeMap<String, BTreeMap<String, u64>>,
     /// Which worker should run what.
-    pub replicas: BTreeMap<ReplicaId, Replica>,
+    pub replicas: Replicas,
     /// Answers to recent commands.
     pub remembered: Remembered,
 }
@@ -105,15 +108,12 @@ impl ClusterState {
 
     /// The replicas of a model, all its shards together.
     pub fn replicas_of<'a, 'k>(&'a self, key: &'k ModelKey) -> impl Iterator<Item = (&'a ReplicaId, &'a Replica)> + use<'a, 'k> {
-        self.replicas.iter().filter(move |(id, _)| id.is_of(key))
+        self.replicas.of(key)
     }
 
     /// The replicas that a worker should run.
-    pub fn replicas_on<'a, 'k>(
-        &'a self,
-        worker: &'k WorkerId,
-    ) -> impl Iterator<Item = (&'a ReplicaId, &'a Replica)> + use<'a, 'k> {
-        self.replicas.iter().filter(move |(id, _)| id.worker == *worker)
+    pub fn replicas_on(&self, worker: &WorkerId) -> impl Iterator<Item = (&ReplicaId, &Replica)> {
+        self.replicas.on(worker)
     }
 
     /// The workers that can take new replicas.

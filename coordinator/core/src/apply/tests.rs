@@ -450,6 +450,10 @@ fn check_invariants(state: &ClusterState) {
         let stays = state.versions(&key.name).any(|(_, other)| !other.leaving);
         assert!(stays, "{key:?} makes room for nobody: {deployment:?}");
     }
+    // A command settles the models that it is about; nothing remains to be settled of the others.
+    let mut settled = state.clone();
+    state.models.keys().for_each(|key| deployments::settle(&mut settled, &key.name));
+    assert!(settled == *state, "something waits for nothing");
     for route in routes::routes(state).models {
         for worker in route.shards.iter().flatten() {
             assert_ne!(state.workers[worker].state, WorkerState::Dead);

@@ -213,19 +213,21 @@ proptest! {
         let policy = Policy::default();
         let first = plan_seeing(&state, &policy, &seen);
         prop_assert_eq!(&first, &plan_seeing(&state, &policy, &seen), "deterministic");
-        let free = loads(&state, &policy, &BTreeMap::new());
+        let nothing_seen = Seen::default();
+        let unplanned = Planner::new(&state, &policy, &nothing_seen);
+        let free = |worker: &WorkerId| unplanned.loads.get(worker).unwrap();
         let mut taken: BTreeMap<&WorkerId, u64> = BTreeMap::new();
         for id in &first.add {
             let (worker, demands) = (&state.workers[&id.worker], &state.models[&id.key()].demands);
             prop_assert!(!state.replicas.contains_key(id) || first.remove.contains(id), "already there");
             prop_assert_eq!(worker.state, WorkerState::Ready);
             prop_assert!(demands.are_met_by(&id.worker, worker) && !seen.avoided.contains(&id.worker), "{:?}", id);
-            *taken.entry(&id.worker).or_default() += need_bytes(&state.models[&id.key()], &policy, &free[&id.worker]);
+            *taken.entry(&id.worker).or_default() += need_bytes(&state.models[&id.key()], &policy, free(&id.worker));
         }
         for (worker, bytes) in taken {
             let gone = first.remove.iter().filter(|id| id.worker == *worker);
-            let freed: u64 = gone.map(|id| held_bytes(&state.replicas[id], &state.models[&id.key()], &policy, &free[worker])).sum();
-            prop_assert!(i128::from(bytes) <= free[worker].memory_free_bytes + i128::from(freed), "{} is overfull", worker);
+            let freed: u64 = gone.map(|id| held_bytes(&state.replicas[id], &state.models[&id.key()], &policy, free(worker))).sum();
+            prop_assert!(i128::from(bytes) <= free(worker).memory_free_bytes + i128::from(freed), "{} is overfull", worker);
         }
         let served = |state: &ClusterState| -> BTreeSet<ModelKey> {
             let whole = routes::routes(state).models.into_iter().filter(|model| model.shards.iter().all(|shard| !shard.is_empty()));
@@ -343,8 +345,10 @@ fn a_replica_fits_each_device_that_it_is_on() {
     assert_eq!(reason(&state).unwrap(), "needs 1 worker with 3 GPUs, 0 are there");
     run(&mut state, sized(500 * MIB, 1, 0));
     place(&mut state);
-    let free =
-        |state: &ClusterState| loads(state, &Policy::default(), &BTreeMap::new())[&w("w2")].memory_free_bytes / i128::from(MIB);
+    let free = |state: &ClusterState| {
+        let (policy, seen) = (Policy::default(), Seen::default());
+        Planner::new(state, &policy, &seen).loads.get(&w("w2")).unwrap().memory_free_bytes / i128::from(MIB)
+    };
     assert_eq!(free(&state), 2048 - 2 * 600);
     run(&mut state, sized(500 * MIB, 1, 1));
     assert_eq!(free(&state), 2048 - 600, "on one of them");
