@@ -12,6 +12,8 @@
 //! 4. Every shard gets its first replica before any gets its second.
 //! 5. A worker that is in doubt gets nothing new. When the doubt lasts, what it has moves, a few replicas at a time.
 //! 6. Among the workers left: a zone that lacks the shard, then the fewest replicas, then the most free memory.
+//! 7. When all that is done, what the workers carry is evened out, a few replicas at a time (see `balance`).
+mod balance;
 mod load;
 mod moves;
 mod shard;
@@ -116,7 +118,7 @@ pub fn plan(state: &ClusterState, policy: &Policy, memory_free_bytes: &BTreeMap<
 
 /// Plans the moves for a state.
 ///
-/// Applying the plan and planning again plans nothing.
+/// Applying the plan and planning again plans nothing, but for moves that even out what the first one left at rest.
 pub fn plan_seeing(state: &ClusterState, policy: &Policy, seen: &Seen) -> Plan {
     Planner::new(state, policy, seen).plan().0
 }
@@ -200,10 +202,11 @@ impl<'a> Planner<'a> {
             }
         }
         self.fill(short);
-        self.relieve();
+        let moves_left = self.relieve();
         for at in 0..self.sites.len() {
             self.release_leaving(at);
         }
+        self.balance(moves_left);
         let looked_at = self.loads.looked_at;
         (self.into_plan(), looked_at)
     }
@@ -326,7 +329,7 @@ impl<'a> Planner<'a> {
         // Where a replica ends in this plan, its successor may begin.
         let hosts = site.found.hosts().filter(|worker| !site.ended.contains(worker));
         let hosts: BTreeSet<&WorkerId> = hosts.chain(site.begun.iter().copied()).collect();
-        self.loads.best(&hosts, &staying, |load| takes(load, site.deployment, policy))
+        self.loads.best(&hosts, &staying, u32::MAX, |load| takes(load, site.deployment, policy))
     }
 
     fn why_unplaced(&self, deployment: &Deployment) -> String {
@@ -392,4 +395,4 @@ pub(crate) fn replica_id(key: &ModelKey, shard: u32, worker: &WorkerId) -> Repli
 #[cfg(test)]
 mod scale;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

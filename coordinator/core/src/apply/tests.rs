@@ -474,7 +474,7 @@ fn told(state: &ClusterState) -> (routes::RouteTable, Vec<Vec<routes::Assignment
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(192))]
+    #![proptest_config(ProptestConfig::default())]
 
     #[test]
     fn any_history_keeps_the_invariants(steps in vec(step(), 1..60)) {
@@ -530,7 +530,7 @@ proptest! {
         let kept = |id: &&ReplicaId| !plan.remove.contains(*id) && state.models.contains_key(&id.key());
         let expected: BTreeSet<&ReplicaId> = before.iter().filter(kept).chain(&plan.add).collect();
         prop_assert_eq!(state.replicas.keys().collect::<BTreeSet<_>>(), expected, "a move was refused");
-        prop_assert!(testkit::plan(&state).is_empty());
+        prop_assert!(placement::tests::only_evens_out(&testkit::plan(&state)));
     }
 
     #[test]

@@ -138,21 +138,44 @@ impl<'a> Loads<'a> {
         }
     }
 
+    /// Whether a worker has at least two replicas more than one that may get some.
+    pub(super) fn is_uneven(&self) -> bool {
+        let least = self.candidates.first().map(|rank| rank.replicas.saturating_add(2));
+        least.is_some_and(|least| self.candidates.last().is_some_and(|rank| rank.replicas >= least))
+    }
+
+    /// Those that have at least two replicas more than one that may get some, the most first.
+    pub(super) fn heaviest(&self) -> Vec<&'a WorkerId> {
+        let least = self.candidates.first().map_or(u32::MAX, |rank| rank.replicas.saturating_add(2));
+        let mut heaviest: Vec<Rank> = self.candidates.iter().copied().filter(|rank| rank.replicas >= least).collect();
+        heaviest.sort_by_key(|rank| (Reverse(rank.replicas), rank.worker));
+        heaviest.into_iter().map(|rank| self.all[rank.worker].id).collect()
+    }
+
+    /// How many replicas each worker would have if all had the same, rounded up.
+    pub(super) fn fair_share(&self) -> u32 {
+        let replicas: u64 = self.all.iter().map(|load| u64::from(load.replicas)).sum();
+        u32::try_from(replicas.div_ceil(self.all.len().max(1) as u64)).unwrap_or(u32::MAX)
+    }
+
     /// The most memory that any candidate has free.
     pub(super) fn room_bytes_max(&self) -> i128 {
         self.rooms.last().map_or(i128::MIN, |(bytes, _)| *bytes)
     }
 
-    /// The best place for another replica of a shard: in a zone that has the fewest of it, then by rank.
+    /// The best place for another replica of a shard, of those with at most so many replicas: in a zone that has the fewest of it,
+    /// then by rank.
     pub(super) fn best(
         &mut self,
         hosts: &BTreeSet<&WorkerId>,
         staying: &[&WorkerId],
+        replicas_max: u32,
         takes: impl Fn(&Load<'a>) -> bool,
     ) -> Option<&'a WorkerId> {
         let zones: Vec<usize> = staying.iter().filter_map(|worker| self.get(worker)).map(|load| load.zone).collect();
         zones.iter().for_each(|zone| self.zone_replicas[*zone] += 1);
-        let best = self.search(hosts, self.zone_replicas_least(&zones), takes);
+        let least = self.zone_replicas_least(&zones);
+        let best = self.search(hosts, replicas_max, least, takes);
         zones.iter().for_each(|zone| self.zone_replicas[*zone] = 0);
         best
     }
@@ -164,9 +187,15 @@ impl<'a> Loads<'a> {
         if free { 0 } else { taken.iter().map(|zone| self.zone_replicas[*zone]).min().unwrap_or(0) }
     }
 
-    fn search(&mut self, hosts: &BTreeSet<&WorkerId>, least: usize, takes: impl Fn(&Load<'a>) -> bool) -> Option<&'a WorkerId> {
+    fn search(
+        &mut self,
+        hosts: &BTreeSet<&WorkerId>,
+        replicas_max: u32,
+        least: usize,
+        takes: impl Fn(&Load<'a>) -> bool,
+    ) -> Option<&'a WorkerId> {
         let mut best: Option<(usize, &'a WorkerId)> = None;
-        for rank in &self.candidates {
+        for rank in self.candidates.iter().take_while(|rank| rank.replicas <= replicas_max) {
             self.looked_at += 1;
             let load = &self.all[rank.worker];
             let replicas_in_zone = self.zone_replicas[load.zone];

@@ -4,7 +4,7 @@
 //! others of its shard are ready. The mark is part of the agreed state, so a new leader carries on with what the last one
 //! began. At most [`Policy::moves_max`](super::Policy::moves_max) replicas are on the move at once.
 use super::{
-    Planner,
+    Planner, Site,
     shard::{Hosted, relieve_moving},
 };
 use crate::{
@@ -46,8 +46,8 @@ impl<'a> Planner<'a> {
         staying
     }
 
-    /// Begins moves, as many as may be under way.
-    pub(super) fn relieve(&mut self) {
+    /// Begins moves, as many as may be under way, and returns how many more may be.
+    pub(super) fn relieve(&mut self) -> usize {
         let mut left = self.policy.moves_max.saturating_sub(self.under_way());
         for at in 0..self.sites.len() {
             let deployment = self.sites[at].deployment;
@@ -60,6 +60,7 @@ impl<'a> Planner<'a> {
                 self.relieve_where(at, &mut left, Self::is_abandoned);
             }
         }
+        left
     }
 
     /// Moves the replicas of a shard off some workers.
@@ -105,11 +106,11 @@ impl<'a> Planner<'a> {
         self.begin(at, to);
     }
 
-    /// Replicas that are on the move now. One whose successor failed isn't: it stays where it is.
+    /// Replicas that are on the move now. One whose successor failed isn't: it stays where it is. One whose worker leaves isn't
+    /// either: it has to go.
     fn under_way(&self) -> usize {
         let coming = self.sites.iter().filter(|site| !site.begun.is_empty() || !site.found.is_settled());
-        let moving =
-            |site: &super::Site<'_>| site.found.moving.iter().chain(&site.found.leaving).filter(|(_, it)| it.moving).count();
+        let moving = |site: &Site<'a>| site.found.moving.iter().filter(|(worker, _)| !site.ended.contains(worker)).count();
         coming.map(moving).sum()
     }
 }

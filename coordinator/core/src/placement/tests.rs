@@ -149,7 +149,7 @@ fn what_leaves_makes_room_in_the_same_plan() {
 }
 
 /// Deploys, deaths, returns and reports, as numbers.
-fn history() -> impl Strategy<Value = Vec<(u8, u8, u8)>> {
+pub(super) fn history() -> impl Strategy<Value = Vec<(u8, u8, u8)>> {
     vec((0..10_u8, 0..5_u8, 1..4_u8), 1..50)
 }
 
@@ -168,7 +168,7 @@ fn tagged(value: u8) -> Demands {
     Demands { tags: Tags::from([("t".into(), value.to_string())]), ..Demands::default() }
 }
 
-fn play(steps: &[(u8, u8, u8)]) -> ClusterState {
+pub(super) fn play(steps: &[(u8, u8, u8)]) -> ClusterState {
     let mut state = registered(&[]);
     let mut life = 1;
     for (kind, which, count) in steps {
@@ -206,6 +206,11 @@ fn play(steps: &[(u8, u8, u8)]) -> ClusterState {
     state
 }
 
+/// Whether a plan only moves what is at rest. That may follow another plan, since what ends or begins isn't at rest.
+pub(crate) fn only_evens_out(plan: &Plan) -> bool {
+    plan.remove.is_empty() && plan.add.len() == plan.relieve.len() && plan.add.len() <= Policy::default().moves_max
+}
+
 proptest! {
     #[test]
     fn hard_constraints_hold_and_planning_twice_changes_nothing(steps in history(), seen in sight()) {
@@ -235,8 +240,8 @@ proptest! {
         };
         let served_before = served(&state);
         let under_way = |state: &ClusterState| {
-            let moving = state.replicas.iter().filter(|(_, replica)| replica.moving);
-            moving.filter(|(id, _)| !Shard::survey(state, &id.key(), id.shard).is_settled()).count()
+            let surveys = state.models.keys().map(|key| Shard::survey(state, key, 0));
+            surveys.filter(|shard| !shard.is_settled()).map(|shard| shard.moving.len()).sum::<usize>()
         };
         // What answers and begins elsewhere; what is given up where enough others are needs no place.
         let relieved = |id: &ReplicaId| state.replicas[id].answering().is_some();
@@ -248,7 +253,7 @@ proptest! {
         run(&mut state, first.into_command());
         prop_assert!(served(&state).is_superset(&served_before), "a plan costs nobody an answer");
         let second = plan_seeing(&state, &policy, &seen);
-        prop_assert!(second.is_empty(), "{:?}", second);
+        prop_assert!(only_evens_out(&second), "{:?}", second);
         for (key, deployment) in &state.models {
             let found = Shard::survey(&state, key, 0);
             let unplaced = second.unplaced.iter().find(|unplaced| unplaced.model == *key);
@@ -272,19 +277,6 @@ proptest! {
         let gives_up = |id: &ReplicaId| Shard::survey(&state, &id.key(), id.shard).gives_up(&id.worker);
         prop_assert!(plan.remove.iter().all(gives_up), "{:?}", plan);
         prop_assert!(testkit::plan(&state) == plan);
-    }
-
-    #[test]
-    fn a_worker_that_comes_gets_what_was_missing_and_takes_nothing_from_others(steps in history()) {
-        let mut state = play(&steps);
-        place(&mut state);
-        let before = plan(&state);
-        register(&mut state, "w9", 1);
-        let after = plan(&state);
-        let missing = |id: &ReplicaId| before.unplaced.iter().any(|unplaced| unplaced.model == id.key()) || after.relieve.iter().any(|moved| moved.key() == id.key());
-        prop_assert!(after.add.iter().all(missing), "{:?}", after);
-        let misplaced = |id: &ReplicaId| !state.models[&id.key()].demands.are_met_by(&id.worker, &state.workers[&id.worker]);
-        prop_assert!(after.relieve.iter().all(misplaced), "{:?}", after);
     }
 }
 
