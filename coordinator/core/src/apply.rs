@@ -10,10 +10,11 @@
 //! `deployments` has the part that is about models: versions, generations and labels.
 mod deployments;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     Command, CommandBody, Outcome, PeerId, Reject, WorkerId,
+    claim::Claim,
     command::{DEVICES_MAX, MOVES_MAX, PEERS_MAX, REASON_BYTES_MAX, Registration, ReplicaReport, TEXT_BYTES_MAX, WORKERS_MAX},
     demands::check_tags,
     members::{self, MemberChange},
@@ -78,8 +79,13 @@ fn change(state: &mut ClusterState, body: &CommandBody, effects: &mut Vec<Effect
         CommandBody::UndeployVersion { name, version } => deployments::undeploy_version(state, name, *version)?,
         CommandBody::SetLabels { name, labels } => deployments::set_labels(state, name, labels)?,
         CommandBody::RemoveWorker { worker, incarnation } => remove_worker(state, worker, *incarnation, effects)?,
-        CommandBody::Place { epoch_seen, add, remove } => place(state, *epoch_seen, &[], add, remove)?,
-        CommandBody::Rearrange { epoch_seen, relieve, add, remove } => place(state, *epoch_seen, relieve, add, remove)?,
+        CommandBody::Place { epoch_seen, add, remove } => place(state, *epoch_seen, &Moves { add, remove, ..NO_MOVES })?,
+        CommandBody::Rearrange { epoch_seen, relieve, add, remove } => {
+            place(state, *epoch_seen, &Moves { relieve, add, remove, ..NO_MOVES })?;
+        }
+        CommandBody::Evict { epoch_seen, evict, relieve, add, remove } => {
+            place(state, *epoch_seen, &Moves { evict, relieve, add, remove })?;
+        }
         CommandBody::ReportReplicas { worker, incarnation, replicas } => report(state, worker, *incarnation, replicas)?,
     }
     touched.iter().for_each(|name| deployments::settle(state, name));
@@ -102,6 +108,7 @@ fn touched(state: &ClusterState, body: &CommandBody) -> BTreeSet<String> {
         | CommandBody::RemoveWorker { worker, .. } => on(worker),
         CommandBody::Place { add, remove, .. } => of(&[add, remove]),
         CommandBody::Rearrange { relieve, add, remove, .. } => of(&[relieve, add, remove]),
+        CommandBody::Evict { evict, relieve, add, remove, .. } => of(&[evict, relieve, add, remove]),
         CommandBody::ReportReplicas { replicas, .. } => replicas.iter().map(|report| report.model.clone()).collect(),
     }
 }
@@ -236,19 +243,33 @@ fn end_life(state: &mut ClusterState, id: &WorkerId, incarnation: Incarnation, a
     effects.push(Effect::WorkerFenced { worker: id.clone(), incarnation_min });
 }
 
+/// The moves of a plan.
+struct Moves<'a> {
+    evict: &'a [ReplicaId],
+    relieve: &'a [ReplicaId],
+    add: &'a [ReplicaId],
+    remove: &'a [ReplicaId],
+}
+
+const NO_MOVES: Moves<'static> = Moves { evict: &[], relieve: &[], add: &[], remove: &[] };
+
 /// Makes those moves of the plan that are still right. A plan is made from a state that may be gone when it is
 /// committed, and to refuse the whole of it for one worker's report would only cost a round; but no move may break what
-/// placement promises, so each is judged alone by [`may_add`] and [`may_remove`].
-fn place(
-    state: &mut ClusterState,
-    epoch_seen: Epoch,
-    relieve: &[ReplicaId],
-    add: &[ReplicaId],
-    remove: &[ReplicaId],
-) -> Result<(), Reject> {
-    let moves = add.len().saturating_add(remove.len()).saturating_add(relieve.len());
+/// placement promises, so each is judged alone by [`may_add`], [`may_remove`] and [`evicted`].
+fn place(state: &mut ClusterState, epoch_seen: Epoch, planned: &Moves<'_>) -> Result<(), Reject> {
+    let Moves { evict, relieve, add, remove } = *planned;
+    let moves = [evict, relieve, add, remove].iter().fold(0_usize, |sum, ids| sum.saturating_add(ids.len()));
     check(moves <= MOVES_MAX, "moves", format!("must be at most {MOVES_MAX}"))?;
     let mut changed = false;
+    // What goes may begin elsewhere in the place of others in turn.
+    loop {
+        let evicted = evicted(state, evict, add);
+        if evicted.is_empty() {
+            break;
+        }
+        evicted.iter().for_each(|id| drop(state.replicas.remove(id)));
+        changed = true;
+    }
     for id in relieve {
         // What isn't deployed has no replicas, and on a worker that leaves a replica moves anyway.
         if let Some(replica) = state.replicas.get_mut(id).filter(|replica| !replica.moving) {
@@ -275,6 +296,26 @@ fn place(
         return Err(Reject::StalePlan { epoch_seen, epoch: state.epoch });
     }
     Ok(())
+}
+
+/// Those replicas that may go for the sake of what begins: nothing may go for nothing.
+fn evicted(state: &ClusterState, evict: &[ReplicaId], add: &[ReplicaId]) -> Vec<ReplicaId> {
+    if evict.is_empty() {
+        return Vec::new();
+    }
+    let claim = |id: &ReplicaId| state.models.get(&id.key()).map(|deployment| deployment.claim);
+    let mut comes: BTreeMap<&WorkerId, Claim> = BTreeMap::new();
+    for id in add.iter().filter(|id| may_add(state, id).is_some()) {
+        let Some(claim) = claim(id) else { continue };
+        let highest = comes.entry(&id.worker).or_insert(claim);
+        highest.priority = highest.priority.max(claim.priority);
+    }
+    let gives_way = |id: &&ReplicaId| {
+        let id: &ReplicaId = id;
+        let (Some(claim), Some(highest)) = (claim(id), comes.get(&id.worker)) else { return false };
+        state.replicas.contains_key(id) && claim.gives_way_to(highest)
+    };
+    evict.iter().filter(gives_way).cloned().collect()
 }
 
 /// The generation of the new replica, if the shard is deployed, lacks one, and the worker takes it and has none yet.

@@ -12,8 +12,11 @@
 //! 4. Every shard gets its first replica before any gets its second.
 //! 5. A worker that is in doubt gets nothing new. When the doubt lasts, what it has moves, a few replicas at a time.
 //! 6. Among the workers left: a zone that lacks the shard, then the fewest replicas, then the most free memory.
-//! 7. When all that is done, what the workers carry is evened out, a few replicas at a time (see `balance`).
+//! 7. What has a higher priority gets its replicas before what has a lower one, and where no worker has room, what may be evicted
+//!    makes some (see `evict`).
+//! 8. When all that is done, what the workers carry is evened out, a few replicas at a time (see `balance`).
 mod balance;
+mod evict;
 mod load;
 mod moves;
 mod shard;
@@ -25,6 +28,7 @@ use std::{
 
 pub(crate) use self::shard::Shard;
 use self::{
+    evict::Evictable,
     load::{Load, Loads, device_bytes, fits_devices, held_bytes, need_bytes},
     shard::{Hosted, are_settled},
 };
@@ -70,6 +74,8 @@ pub struct Plan {
     pub add: Vec<ReplicaId>,
     /// Replicas to end.
     pub remove: Vec<ReplicaId>,
+    /// Replicas to end for the sake of others, which are among those to begin: the last that answers included.
+    pub evict: Vec<ReplicaId>,
     /// Shards that stay short of replicas, in the order of their names.
     pub unplaced: Vec<Unplaced>,
 }
@@ -77,7 +83,7 @@ pub struct Plan {
 impl Plan {
     /// Whether there is nothing to propose.
     pub fn is_empty(&self) -> bool {
-        self.relieve.is_empty() && self.add.is_empty() && self.remove.is_empty()
+        [&self.relieve, &self.add, &self.remove, &self.evict].iter().all(|moves| moves.is_empty())
     }
 
     /// At most so many of the moves; the others are planned again.
@@ -85,12 +91,16 @@ impl Plan {
         self.relieve.truncate(moves_max);
         self.add.truncate(moves_max - self.relieve.len());
         self.remove.truncate(moves_max - self.relieve.len() - self.add.len());
+        // What makes room goes with what it is for.
+        self.evict.retain(|id| self.add.iter().any(|begins| begins.worker == id.worker));
     }
 
     /// What to propose.
     pub fn into_command(self) -> CommandBody {
-        let Self { epoch: epoch_seen, relieve, add, remove, .. } = self;
-        if relieve.is_empty() {
+        let Self { epoch: epoch_seen, relieve, add, remove, evict, unplaced: _ } = self;
+        if !evict.is_empty() {
+            CommandBody::Evict { epoch_seen, evict, relieve, add, remove }
+        } else if relieve.is_empty() {
             CommandBody::Place { epoch_seen, add, remove }
         } else {
             CommandBody::Rearrange { epoch_seen, relieve, add, remove }
@@ -107,6 +117,8 @@ pub struct Unplaced {
     pub shard: u32,
     /// Replicas that found no place.
     pub missing: u32,
+    /// Whether there are workers enough, and only memory is lacking.
+    pub lacks_memory: bool,
     /// Why, for people.
     pub reason: String,
 }
@@ -141,6 +153,16 @@ struct Worth<'a> {
     worker: Reverse<&'a WorkerId>,
 }
 
+/// When a shard gets its next replica. Lower is sooner; fields are compared top to bottom, so their order is the policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Turn {
+    priority: Reverse<u32>,
+    /// The fewest first.
+    replicas: usize,
+    /// And always agree.
+    at: usize,
+}
+
 /// One shard, and what the plan does about it. Kept by shard, so that no question about one looks at all the moves.
 struct Site<'a> {
     key: &'a ModelKey,
@@ -154,11 +176,18 @@ struct Site<'a> {
     ended: Vec<&'a WorkerId>,
     /// Workers on which one gives up its place.
     relieved: Vec<&'a WorkerId>,
+    /// Workers on which one makes room for another model's.
+    evicted: Vec<&'a WorkerId>,
 }
 
 impl Site<'_> {
     fn replica_id(&self, worker: &WorkerId) -> ReplicaId {
         replica_id(self.key, self.shard, worker)
+    }
+
+    /// Whether a replica that is there, and was to stay, does by this plan.
+    fn keeps(&self, worker: &WorkerId) -> bool {
+        ![&self.ended, &self.relieved, &self.evicted].iter().any(|gone| gone.iter().any(|host| *host == worker))
     }
 
     fn wanted(&self) -> usize {
@@ -173,6 +202,8 @@ struct Planner<'a> {
     sites: Vec<Site<'a>>,
     unplaced: Vec<Unplaced>,
     epoch: Epoch,
+    /// How often room may yet be made in this plan.
+    searches_left: usize,
 }
 
 impl<'a> Planner<'a> {
@@ -183,11 +214,20 @@ impl<'a> Planner<'a> {
         let site = |(key, deployment, shard)| {
             let found = Shard::survey(state, key, shard);
             loads.carry(deployment, &found, policy);
-            Site { key, deployment, shard, found, begun: Vec::new(), ended: Vec::new(), relieved: Vec::new() }
+            Site {
+                key,
+                deployment,
+                shard,
+                found,
+                begun: Vec::new(),
+                ended: Vec::new(),
+                relieved: Vec::new(),
+                evicted: Vec::new(),
+            }
         };
         let sites = shards.map(site).collect();
         loads.rank();
-        Self { policy, loads, sites, unplaced: Vec::new(), epoch: state.epoch }
+        Self { policy, loads, sites, unplaced: Vec::new(), epoch: state.epoch, searches_left: evict::SEARCHES_MAX }
     }
 
     /// The plan, and how many workers were looked at for it.
@@ -198,7 +238,7 @@ impl<'a> Planner<'a> {
             let staying = self.remove_surplus(at, staying);
             self.release_moving(at, &staying);
             if staying.len() < self.sites[at].wanted() {
-                short.insert((staying.len(), at));
+                short.insert(self.turn(at, staying.len()));
             }
         }
         self.fill(short);
@@ -219,9 +259,10 @@ impl<'a> Planner<'a> {
             ids
         };
         let (relieve, add, remove) = (ids(|site| &site.relieved), ids(|site| &site.begun), ids(|site| &site.ended));
+        let evict = ids(|site| &site.evicted);
         let mut unplaced = self.unplaced;
         unplaced.sort_by(|a, b| (&a.model, a.shard).cmp(&(&b.model, b.shard)));
-        Plan { epoch: self.epoch, relieve, add, remove, unplaced }
+        Plan { epoch: self.epoch, relieve, add, remove, evict, unplaced }
     }
 
     /// Gives up what is more than wanted, what is worth least first, and returns what stays. What answers where it had better not
@@ -296,25 +337,44 @@ impl<'a> Planner<'a> {
         self.sites[at].begun.push(worker);
     }
 
-    /// Gives each shard that is short its next replica, the one with the fewest first.
-    fn fill(&mut self, mut short: BTreeSet<(usize, usize)>) {
-        while let Some((count, at)) = short.pop_first() {
+    /// When a shard with so many replicas gets its next one.
+    fn turn(&self, at: usize, count: usize) -> Turn {
+        Turn { priority: Reverse(self.sites[at].deployment.claim.priority), replicas: count, at }
+    }
+
+    /// Gives each shard that is short its next replica.
+    fn fill(&mut self, mut short: BTreeSet<Turn>) {
+        let evictable = self.evictable();
+        while let Some(Turn { replicas: count, at, .. }) = short.pop_first() {
             let wanted = self.sites[at].wanted();
-            match self.best_worker(at, None) {
+            match self.best_worker(at, None).or_else(|| self.make_room(at, &evictable, &mut short)) {
                 Some(worker) => {
                     self.begin(at, worker);
                     if count + 1 < wanted {
-                        short.insert((count + 1, at));
+                        short.insert(self.turn(at, count + 1));
                     }
                 }
                 None => {
                     let Site { key, deployment, shard, .. } = self.sites[at];
                     let missing = u32::try_from(wanted - count).unwrap_or(u32::MAX);
-                    let reason = self.why_unplaced(deployment);
-                    self.unplaced.push(Unplaced { model: key.clone(), shard, missing, reason });
+                    let (lacks_memory, reason) = self.why_unplaced(deployment);
+                    self.unplaced.push(Unplaced { model: key.clone(), shard, missing, lacks_memory, reason });
                 }
             }
         }
+    }
+
+    /// Evicts others for a replica of a shard, and says where that is to begin.
+    fn make_room(&mut self, at: usize, evictable: &Evictable<'a>, short: &mut BTreeSet<Turn>) -> Option<&'a WorkerId> {
+        let (worker, victims) = self.evict_for(at, evictable)?;
+        for victim in victims {
+            // Their turn comes later: what gives way has a lower priority.
+            let site = &self.sites[victim];
+            let count = site.found.staying.iter().filter(|(worker, _)| site.keeps(worker)).count();
+            short.remove(&self.turn(victim, count + 1));
+            short.insert(self.turn(victim, count));
+        }
+        Some(worker)
     }
 
     /// Where another replica would be best. `relieved` is the worker that has the one in whose place it comes: it has it until
@@ -324,7 +384,8 @@ impl<'a> Planner<'a> {
         if i128::from(device_bytes(site.deployment.size_bytes, policy)) > self.loads.room_bytes_max() {
             return None; // nobody has room for it, so nobody needs to be asked
         }
-        let staying = site.found.staying.iter().map(|(worker, _)| *worker).filter(|worker| Some(*worker) != relieved);
+        let staying = site.found.staying.iter().map(|(worker, _)| *worker);
+        let staying = staying.filter(|worker| Some(*worker) != relieved && !site.evicted.contains(worker));
         let staying: Vec<&WorkerId> = staying.chain(site.begun.iter().copied()).collect();
         // Where a replica ends in this plan, its successor may begin.
         let hosts = site.found.hosts().filter(|worker| !site.ended.contains(worker));
@@ -332,13 +393,14 @@ impl<'a> Planner<'a> {
         self.loads.best(&hosts, &staying, u32::MAX, |load| takes(load, site.deployment, policy))
     }
 
-    fn why_unplaced(&self, deployment: &Deployment) -> String {
+    /// Whether only memory is lacking, and why, for people.
+    fn why_unplaced(&self, deployment: &Deployment) -> (bool, String) {
         let wanted = deployment.replicas_wanted as usize;
         let suitable = || self.loads.all().iter().filter(|load| suits(load, deployment, self.policy));
         let there = suitable().filter(|load| !load.is_avoided).take(wanted).count();
         let need_mib = device_bytes(deployment.size_bytes, self.policy).div_ceil(1 << 20);
         if there >= wanted {
-            return format!("no other worker has {need_mib} MiB free");
+            return (true, format!("no other worker has {need_mib} MiB free"));
         }
         let workers = if wanted == 1 { "worker" } else { "workers" };
         let are = if there == 1 { "is" } else { "are" };
@@ -354,7 +416,7 @@ impl<'a> Planner<'a> {
         if !avoided.is_empty() {
             reason += &format!("; in doubt: {}", avoided.join(", "));
         }
-        reason
+        (false, reason)
     }
 
     /// Ends replicas on workers that leave: at once if they don't answer, else when the others are settled.
@@ -365,7 +427,7 @@ impl<'a> Planner<'a> {
         }
         // What ends in this plan isn't waited for.
         let mut staying = site.found.staying.clone();
-        staying.retain(|(worker, _)| !site.ended.contains(worker));
+        staying.retain(|(worker, _)| !site.ended.contains(worker) && !site.evicted.contains(worker));
         let answers = staying.iter().any(|(_, replica)| replica.answering().is_some());
         let relieved = site.begun.is_empty() && are_settled(&staying) && answers;
         for (worker, replica) in &site.found.leaving {

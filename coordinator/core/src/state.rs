@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use self::replicas::Replicas;
 use crate::{
     PeerId, WorkerId,
+    claim::Claim,
     codec::blob,
     command::{CommandId, Outcome},
     demands::{Demands, Tags},
@@ -228,6 +229,9 @@ pub struct Deployment {
     /// What it demands of the workers that run it.
     #[serde(default, skip_serializing_if = "Demands::is_none")]
     pub demands: Demands,
+    /// What it may claim where memory is short.
+    #[serde(default, skip_serializing_if = "Claim::is_default")]
+    pub claim: Claim,
 }
 
 /// What a version was before it was deployed anew.

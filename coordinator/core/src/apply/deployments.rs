@@ -55,6 +55,7 @@ fn put(state: &mut ClusterState, key: &ModelKey, set: &DeploySet, spec: &Version
             if let Some(deployment) = state.models.get_mut(key) {
                 deployment.replicas_wanted = spec.replicas_wanted;
                 deployment.demands = spec.demands.clone();
+                deployment.claim = spec.claim;
                 deployment.leaving = false;
             }
             known.generation
@@ -89,6 +90,7 @@ fn deployment(set: &DeploySet, spec: &VersionSpec, generation: Generation, forme
         former,
         leaving: false,
         demands: spec.demands.clone(),
+        claim: spec.claim,
     }
 }
 

@@ -474,8 +474,6 @@ fn told(state: &ClusterState) -> (routes::RouteTable, Vec<Vec<routes::Assignment
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::default())]
-
     #[test]
     fn any_history_keeps_the_invariants(steps in vec(step(), 1..60)) {
         let mut state = founded();

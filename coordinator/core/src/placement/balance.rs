@@ -91,7 +91,7 @@ impl Site<'_> {
     /// Whether all that is wanted is ready, nothing begins, ends or moves, and nobody said where it should be.
     fn is_at_rest(&self) -> bool {
         let is_free = !self.deployment.leaving && self.deployment.demands.workers.is_empty();
-        let is_untouched = self.begun.is_empty() && self.ended.is_empty() && self.relieved.is_empty();
+        let is_untouched = [&self.begun, &self.ended, &self.relieved, &self.evicted].iter().all(|workers| workers.is_empty());
         let is_whole = self.found.staying.len() == self.wanted() && self.found.relieves_moving(self.wanted());
         is_free && is_untouched && is_whole && self.found.leaving.is_empty() && self.found.moving.is_empty()
     }

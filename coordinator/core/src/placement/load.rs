@@ -26,6 +26,8 @@ pub(super) struct Load<'a> {
     pub(super) memory_free_bytes: i128,
     /// Whether the worker said how much is free.
     pub(super) is_reported: bool,
+    /// Something that it was given hasn't come up yet.
+    pub(super) is_settling: bool,
     /// It gets nothing new.
     pub(super) is_avoided: bool,
     /// What it has moves.
@@ -78,6 +80,7 @@ impl<'a> Loads<'a> {
                 replicas: 0,
                 memory_free_bytes: memory_bytes(worker, reported),
                 is_reported: reported.is_some(),
+                is_settling: false,
                 is_avoided: seen.avoided.contains(*id),
                 is_abandoned: abandons && seen.abandoned.contains(*id),
             }
@@ -98,6 +101,7 @@ impl<'a> Loads<'a> {
         for (id, replica) in found.staying.iter().chain(&found.moving) {
             let Some(load) = self.places.get(id).and_then(|place| self.all.get_mut(*place)) else { continue };
             load.replicas += u32::from(!replica.moving);
+            load.is_settling |= matches!(replica.state, ReplicaState::Assigned | ReplicaState::Loading);
             load.memory_free_bytes -= i128::from(held_bytes(replica, deployment, policy, load));
         }
     }
@@ -242,6 +246,15 @@ pub(super) fn held_bytes(replica: &Replica, deployment: &Deployment, policy: &Po
         Some(_) | None => 0,
     };
     own.saturating_add(former)
+}
+
+/// What ending a replica gives back, once it is gone: also what the figure of its worker's free memory lacks already.
+pub(super) fn freed_bytes(replica: &Replica, deployment: &Deployment, policy: &Policy, load: &Load<'_>) -> u64 {
+    match replica.state {
+        ReplicaState::Ready if load.is_reported && replica.memory_bytes > 0 => replica.memory_bytes,
+        ReplicaState::Ready => need_bytes(deployment, policy, load),
+        ReplicaState::Assigned | ReplicaState::Loading | ReplicaState::Failed => held_bytes(replica, deployment, policy, load),
+    }
 }
 
 /// What a new replica takes of this worker.

@@ -90,7 +90,7 @@ impl<'a> Planner<'a> {
     fn relieve_one(&mut self, at: usize, from: &'a WorkerId, replica: &Replica, left: &mut usize) {
         let site = &self.sites[at];
         let answers = replica.answering().is_some();
-        let ends = site.ended.contains(&from) || site.relieved.contains(&from);
+        let ends = !site.keeps(from);
         // What has failed would fail elsewhere too. What doesn't answer takes nothing along, so it counts for nothing.
         if site.deployment.leaving || replica.state == ReplicaState::Failed || (answers && *left == 0) || ends {
             return;

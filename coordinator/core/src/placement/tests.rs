@@ -1,15 +1,16 @@
 use proptest::{collection::vec, prelude::*};
 
-use super::*;
+use super::{load::freed_bytes, *};
 use crate::{
     CommandBody,
+    claim::Claim,
     command::DeploySpec,
     demands::{Demands, Tags},
     routes,
     state::{Device, WorkerState},
     testkit::{
-        self, MIB, cluster, deploy, deploy_demanding, deployed, drain, fail, hosts, mark_dead, place, place_seeing, plan, ready,
-        register, registered, registration, replica, run, spec, w,
+        self, MIB, cluster, deploy, deploy_claiming, deploy_demanding, deployed, drain, fail, hosts, mark_dead, place,
+        place_seeing, plan, ready, register, registered, registration, replica, run, spec, w,
     },
 };
 
@@ -150,7 +151,7 @@ fn what_leaves_makes_room_in_the_same_plan() {
 
 /// Deploys, deaths, returns and reports, as numbers.
 pub(super) fn history() -> impl Strategy<Value = Vec<(u8, u8, u8)>> {
-    vec((0..10_u8, 0..5_u8, 1..4_u8), 1..50)
+    vec((0..11_u8, 0..5_u8, 1..4_u8), 1..50)
 }
 
 /// What is seen of the workers, as numbers: which of them are in doubt, and which for long.
@@ -200,6 +201,10 @@ pub(super) fn play(steps: &[(u8, u8, u8)]) -> ClusterState {
                 let anew = DeploySpec { digest: format!("{life:064x}"), ..spec(&format!("m{which}"), 1, u32::from(*count)) };
                 run(&mut state, CommandBody::Deploy(anew));
             }
+            10 => {
+                let claim = Claim { priority: u32::from(*count), evictable: which % 2 == 0 };
+                drop(deploy_claiming(&mut state, &format!("m{which}"), u64::from(*count) * 150 * MIB, claim));
+            }
             _ => drop(place(&mut state)),
         }
     }
@@ -208,7 +213,10 @@ pub(super) fn play(steps: &[(u8, u8, u8)]) -> ClusterState {
 
 /// Whether a plan only moves what is at rest. That may follow another plan, since what ends or begins isn't at rest.
 pub(crate) fn only_evens_out(plan: &Plan) -> bool {
-    plan.remove.is_empty() && plan.add.len() == plan.relieve.len() && plan.add.len() <= Policy::default().moves_max
+    plan.remove.is_empty()
+        && plan.evict.is_empty()
+        && plan.add.len() == plan.relieve.len()
+        && plan.add.len() <= Policy::default().moves_max
 }
 
 proptest! {
@@ -231,7 +239,10 @@ proptest! {
         }
         for (worker, bytes) in taken {
             let gone = first.remove.iter().filter(|id| id.worker == *worker);
-            let freed: u64 = gone.map(|id| held_bytes(&state.replicas[id], &state.models[&id.key()], &policy, free(worker))).sum();
+            let evicted = first.evict.iter().filter(|id| id.worker == *worker);
+            let evicted = evicted.map(|id| freed_bytes(&state.replicas[id], &state.models[&id.key()], &policy, free(worker)));
+            let gone = gone.map(|id| held_bytes(&state.replicas[id], &state.models[&id.key()], &policy, free(worker)));
+            let freed: u64 = evicted.chain(gone).sum();
             prop_assert!(i128::from(bytes) <= free(worker).memory_free_bytes + i128::from(freed), "{} is overfull", worker);
         }
         let served = |state: &ClusterState| -> BTreeSet<ModelKey> {
@@ -250,8 +261,17 @@ proptest! {
             first.relieve.iter().filter(|id| id.is_of(key) && relieved(id)).count().min(begins)
         };
         prop_assert!(state.models.keys().map(begun).sum::<usize>() <= policy.moves_max.saturating_sub(under_way(&state)));
+        let claim = |id: &ReplicaId| state.models[&id.key()].claim;
+        for id in &first.evict {
+            let mut comes = first.add.iter().filter(|other| other.worker == id.worker);
+            prop_assert!(comes.any(|other| claim(id).gives_way_to(&claim(other))), "{:?} goes for nothing", id);
+        }
+        let evicted: BTreeSet<ModelKey> = first.evict.iter().map(ReplicaId::key).collect();
+        let expected = &served_before - &evicted;
+        let gone = first.evict.clone();
         run(&mut state, first.into_command());
-        prop_assert!(served(&state).is_superset(&served_before), "a plan costs nobody an answer");
+        prop_assert!(gone.iter().all(|id| !state.replicas.contains_key(id)), "a plan is carried out");
+        prop_assert!(served(&state).is_superset(&expected), "a plan costs nobody an answer");
         let second = plan_seeing(&state, &policy, &seen);
         prop_assert!(only_evens_out(&second), "{:?}", second);
         for (key, deployment) in &state.models {
@@ -272,7 +292,7 @@ proptest! {
         let held: BTreeSet<ModelKey> = state.replicas_on(&lost).map(|(id, _)| id.key()).collect();
         mark_dead(&mut state, lost.as_str(), incarnation);
         let plan = plan(&state);
-        prop_assert!(plan.add.iter().all(|id| held.contains(&id.key()) || plan.relieve.iter().any(|moved| moved.key() == id.key())), "{:?}", plan);
+        prop_assert!(plan.add.iter().all(|id| held.contains(&id.key()) || plan.relieve.iter().chain(&plan.evict).any(|moved| moved.key() == id.key())), "{:?}", plan);
         // What remains may be settled now that the lost one is no longer waited for; and what moves needn't wait for it any more.
         let gives_up = |id: &ReplicaId| Shard::survey(&state, &id.key(), id.shard).gives_up(&id.worker);
         prop_assert!(plan.remove.iter().all(gives_up), "{:?}", plan);

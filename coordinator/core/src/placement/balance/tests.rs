@@ -143,9 +143,10 @@ proptest! {
         register(&mut state, "w9", 1);
         let missing = |id: &ReplicaId| before.unplaced.iter().any(|unplaced| unplaced.model == id.key());
         let first = plan(&state);
-        let moves = |id: &ReplicaId| first.relieve.iter().any(|moved| moved.key() == id.key());
+        let moves = |id: &ReplicaId| first.relieve.iter().chain(&first.evict).any(|moved| moved.key() == id.key());
         prop_assert!(first.add.iter().all(|id| missing(id) || moves(id)), "{:?}", first);
-        let begun: usize = first.add.iter().filter(|id| !missing(id)).count();
+        let evicted = |id: &ReplicaId| first.evict.iter().any(|gone| gone.key() == id.key());
+        let begun: usize = first.add.iter().filter(|id| !missing(id) && !evicted(id)).count();
         prop_assert!(begun <= Policy::default().moves_max);
         let pinned = |id: &ReplicaId| !state.models[&id.key()].demands.workers.is_empty();
         prop_assert!(!first.relieve.iter().any(pinned), "{:?}", first);
