@@ -145,7 +145,7 @@ async fn a_command_that_is_sent_twice_is_applied_once() {
         name: "plus_one".into(),
         version: 0,
         replicas: 1,
-        demands: None,
+        ..Default::default()
     };
     let first = beside.deploy(deploy(1)).await.unwrap().into_inner();
     let again = at_leader.deploy(deploy(1)).await.unwrap().into_inner();

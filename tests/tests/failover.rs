@@ -129,7 +129,7 @@ async fn a_killed_leader_costs_no_request_and_is_followed() {
     let leader = cluster.leader().await.unwrap();
     let other = others(&cluster, &leader)[0].clone();
     let request =
-        DeployRequest { command_id: vec![1; 16].into(), name: "plus_one".into(), version: 0, replicas: 0, demands: None };
+        DeployRequest { command_id: vec![1; 16].into(), name: "plus_one".into(), version: 0, replicas: 0, ..Default::default() };
     admin(&cluster, &other).await.deploy(request.clone()).await.unwrap();
     until_ready(&cluster, "plus_one").await;
     let load = Load::start(&both_ways(&cluster).await, 3);

@@ -36,7 +36,8 @@ async fn everybody_killed_comes_back_with_what_was_acknowledged() {
     let repository = plus_one().with_demo("digits").unwrap();
     let mut cluster = cluster(3, 2, &repository, &["plus_one"]);
     let mut admin = admin(&cluster, "c1").await;
-    let request = DeployRequest { command_id: vec![7; 16].into(), name: "digits".into(), version: 0, replicas: 1, demands: None };
+    let request =
+        DeployRequest { command_id: vec![7; 16].into(), name: "digits".into(), version: 0, replicas: 1, ..Default::default() };
     let acknowledged = admin.deploy(request).await.unwrap().into_inner();
     // Right after the acknowledgement: the worker hasn't even loaded it.
     let ids = cluster.ids();

@@ -10,8 +10,11 @@
 //! `deployments` has the part that is about models: versions, generations and labels.
 mod deployments;
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use crate::{
     Command, CommandBody, Outcome, PeerId, Reject, WorkerId,
+    claim::Claim,
     command::{DEVICES_MAX, MOVES_MAX, PEERS_MAX, REASON_BYTES_MAX, Registration, ReplicaReport, TEXT_BYTES_MAX, WORKERS_MAX},
     demands::check_tags,
     members::{self, MemberChange},
@@ -62,6 +65,8 @@ pub fn apply(state: &mut ClusterState, command: &Command) -> (Outcome, Vec<Effec
 }
 
 fn change(state: &mut ClusterState, body: &CommandBody, effects: &mut Vec<Effect>) -> Result<Outcome, Reject> {
+    // Before the change, which may take away what tells it.
+    let touched = touched(state, body);
     match body {
         CommandBody::AnnouncePeer { peer, info } => announce_peer(state, *peer, info)?,
         CommandBody::ChangeMembers(change) => members::change(state, change, effects)?,
@@ -74,12 +79,38 @@ fn change(state: &mut ClusterState, body: &CommandBody, effects: &mut Vec<Effect
         CommandBody::UndeployVersion { name, version } => deployments::undeploy_version(state, name, *version)?,
         CommandBody::SetLabels { name, labels } => deployments::set_labels(state, name, labels)?,
         CommandBody::RemoveWorker { worker, incarnation } => remove_worker(state, worker, *incarnation, effects)?,
-        CommandBody::Place { epoch_seen, add, remove } => place(state, *epoch_seen, &[], add, remove)?,
-        CommandBody::Rearrange { epoch_seen, relieve, add, remove } => place(state, *epoch_seen, relieve, add, remove)?,
+        CommandBody::Place { epoch_seen, add, remove } => place(state, *epoch_seen, &Moves { add, remove, ..NO_MOVES })?,
+        CommandBody::Rearrange { epoch_seen, relieve, add, remove } => {
+            place(state, *epoch_seen, &Moves { relieve, add, remove, ..NO_MOVES })?;
+        }
+        CommandBody::Evict { epoch_seen, evict, relieve, add, remove } => {
+            place(state, *epoch_seen, &Moves { evict, relieve, add, remove })?;
+        }
         CommandBody::ReportReplicas { worker, incarnation, replicas } => report(state, worker, *incarnation, replicas)?,
     }
-    deployments::settle(state);
+    touched.iter().for_each(|name| deployments::settle(state, name));
     Ok(Outcome::Done { epoch: state.epoch })
+}
+
+/// The models, by name, for which a command may end a wait. Those of all others are as settled as they were before it, so that
+/// a command costs as much as what it is about.
+fn touched(state: &ClusterState, body: &CommandBody) -> BTreeSet<String> {
+    let on = |worker: &WorkerId| state.replicas_on(worker).map(|(id, _)| id.model.clone()).collect();
+    let of = |moves: &[&Vec<ReplicaId>]| moves.iter().flat_map(|ids| ids.iter()).map(|id| id.model.clone()).collect();
+    match body {
+        CommandBody::AnnouncePeer { .. } | CommandBody::ChangeMembers(_) | CommandBody::SetLabels { .. } => BTreeSet::new(),
+        // They see to it themselves.
+        CommandBody::Deploy(_) | CommandBody::DeploySet(_) => BTreeSet::new(),
+        CommandBody::Undeploy { name } | CommandBody::UndeployVersion { name, .. } => BTreeSet::from([name.clone()]),
+        CommandBody::RegisterWorker(registration) => on(&registration.worker),
+        CommandBody::DrainWorker { worker, .. }
+        | CommandBody::MarkDead { worker, .. }
+        | CommandBody::RemoveWorker { worker, .. } => on(worker),
+        CommandBody::Place { add, remove, .. } => of(&[add, remove]),
+        CommandBody::Rearrange { relieve, add, remove, .. } => of(&[relieve, add, remove]),
+        CommandBody::Evict { evict, relieve, add, remove, .. } => of(&[evict, relieve, add, remove]),
+        CommandBody::ReportReplicas { replicas, .. } => replicas.iter().map(|report| report.model.clone()).collect(),
+    }
 }
 
 fn announce_peer(state: &mut ClusterState, peer: PeerId, info: &PeerInfo) -> Result<(), Reject> {
@@ -142,9 +173,7 @@ fn register(state: &mut ClusterState, registration: &Registration, effects: &mut
     let epoch = advance(state);
     if !same_life {
         // The new life holds nothing yet, and no route may name it as if it did.
-        for replica in state.replicas.iter_mut().filter(|(replica, _)| replica.worker == *id).map(|(_, replica)| replica) {
-            reset(replica, epoch);
-        }
+        state.replicas.change_on(id, |replica| reset(replica, epoch));
         effects.push(Effect::WorkerFenced { worker: id.clone(), incarnation_min: *incarnation });
     }
     Ok(())
@@ -209,24 +238,38 @@ fn end_life(state: &mut ClusterState, id: &WorkerId, incarnation: Incarnation, a
     worker.state = as_what;
     worker.incarnation_floor = incarnation.saturating_add(1);
     let incarnation_min = worker.incarnation_floor;
-    state.replicas.retain(|replica, _| replica.worker != *id);
+    state.replicas.remove_on(id);
     advance(state);
     effects.push(Effect::WorkerFenced { worker: id.clone(), incarnation_min });
 }
 
+/// The moves of a plan.
+struct Moves<'a> {
+    evict: &'a [ReplicaId],
+    relieve: &'a [ReplicaId],
+    add: &'a [ReplicaId],
+    remove: &'a [ReplicaId],
+}
+
+const NO_MOVES: Moves<'static> = Moves { evict: &[], relieve: &[], add: &[], remove: &[] };
+
 /// Makes those moves of the plan that are still right. A plan is made from a state that may be gone when it is
 /// committed, and to refuse the whole of it for one worker's report would only cost a round; but no move may break what
-/// placement promises, so each is judged alone by [`may_add`] and [`may_remove`].
-fn place(
-    state: &mut ClusterState,
-    epoch_seen: Epoch,
-    relieve: &[ReplicaId],
-    add: &[ReplicaId],
-    remove: &[ReplicaId],
-) -> Result<(), Reject> {
-    let moves = add.len().saturating_add(remove.len()).saturating_add(relieve.len());
+/// placement promises, so each is judged alone by [`may_add`], [`may_remove`] and [`evicted`].
+fn place(state: &mut ClusterState, epoch_seen: Epoch, planned: &Moves<'_>) -> Result<(), Reject> {
+    let Moves { evict, relieve, add, remove } = *planned;
+    let moves = [evict, relieve, add, remove].iter().fold(0_usize, |sum, ids| sum.saturating_add(ids.len()));
     check(moves <= MOVES_MAX, "moves", format!("must be at most {MOVES_MAX}"))?;
     let mut changed = false;
+    // What goes may begin elsewhere in the place of others in turn.
+    loop {
+        let evicted = evicted(state, evict, add);
+        if evicted.is_empty() {
+            break;
+        }
+        evicted.iter().for_each(|id| drop(state.replicas.remove(id)));
+        changed = true;
+    }
     for id in relieve {
         // What isn't deployed has no replicas, and on a worker that leaves a replica moves anyway.
         if let Some(replica) = state.replicas.get_mut(id).filter(|replica| !replica.moving) {
@@ -255,6 +298,26 @@ fn place(
     Ok(())
 }
 
+/// Those replicas that may go for the sake of what begins: nothing may go for nothing.
+fn evicted(state: &ClusterState, evict: &[ReplicaId], add: &[ReplicaId]) -> Vec<ReplicaId> {
+    if evict.is_empty() {
+        return Vec::new();
+    }
+    let claim = |id: &ReplicaId| state.models.get(&id.key()).map(|deployment| deployment.claim);
+    let mut comes: BTreeMap<&WorkerId, Claim> = BTreeMap::new();
+    for id in add.iter().filter(|id| may_add(state, id).is_some()) {
+        let Some(claim) = claim(id) else { continue };
+        let highest = comes.entry(&id.worker).or_insert(claim);
+        highest.priority = highest.priority.max(claim.priority);
+    }
+    let gives_way = |id: &&ReplicaId| {
+        let id: &ReplicaId = id;
+        let (Some(claim), Some(highest)) = (claim(id), comes.get(&id.worker)) else { return false };
+        state.replicas.contains_key(id) && claim.gives_way_to(highest)
+    };
+    evict.iter().filter(gives_way).cloned().collect()
+}
+
 /// The generation of the new replica, if the shard is deployed, lacks one, and the worker takes it and has none yet.
 fn may_add(state: &ClusterState, id: &ReplicaId) -> Option<u64> {
     let deployment = state.models.get(&id.key())?;
@@ -270,7 +333,7 @@ fn may_remove(state: &ClusterState, id: &ReplicaId) -> bool {
     let (Some(replica), Some(deployment)) = (state.replicas.get(id), state.models.get(&id.key())) else { return false };
     let shard = Shard::survey(state, &id.key(), id.shard);
     let leaves = shard.gives_up(&id.worker);
-    let answers_elsewhere = shard.answering.iter().any(|worker| **worker != id.worker);
+    let answers_elsewhere = shard.answering().any(|worker| *worker != id.worker);
     let surplus = shard.staying.len() > deployment.replicas_wanted as usize;
     (leaves || surplus) && (answers_elsewhere || replica.answering().is_none())
 }

@@ -2,13 +2,17 @@
 //!
 //! A command carries everything that its effect depends on, since [`apply`](mod@crate::apply) knows no clock and asks
 //! nobody. Its id is chosen by whoever wants it done and stays the same in every retry.
+mod id;
+
 use std::{collections::BTreeMap, fmt};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use self::id::{CommandId, CommandIdError};
 use crate::{
     PeerId, WorkerId,
+    claim::Claim,
     codec::{self, DecodeError, blob},
     demands::{Demands, Tags},
     members::MemberChange,
@@ -43,38 +47,6 @@ pub const REPLICAS_MAX: u32 = 1_000;
 pub const SHARDS_MAX: u32 = 64;
 /// Most moves of a plan, and most replicas in a report.
 pub const MOVES_MAX: usize = 10_000;
-
-/// Names a command in all its retries: 16 bytes that its caller chose at random.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct CommandId(pub [u8; 16]);
-
-impl TryFrom<&[u8]> for CommandId {
-    type Error = CommandIdError;
-    fn try_from(bytes: &[u8]) -> Result<Self, CommandIdError> {
-        let bytes = bytes.try_into().map_err(|_| CommandIdError { found: bytes.len() })?;
-        Ok(Self(bytes))
-    }
-}
-
-impl fmt::Display for CommandId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-impl fmt::Debug for CommandId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-/// A command id of the wrong length.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("command_id has {found} bytes, it must have 16: choose them at random and keep them in every retry")]
-pub struct CommandIdError {
-    /// Bytes that were there.
-    pub found: usize,
-}
 
 /// A change that somebody wants.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -191,6 +163,19 @@ pub enum CommandBody {
         /// Replicas to end.
         remove: Vec<ReplicaId>,
     },
+    /// The leader's plan, where replicas make room for others of a higher priority. As [`Self::Rearrange`] beyond that.
+    Evict {
+        /// The epoch that the plan was made from; for messages only.
+        epoch_seen: Epoch,
+        /// Replicas to end for the sake of those that begin on the same workers.
+        evict: Vec<ReplicaId>,
+        /// Replicas that stay until others are ready in their place.
+        relieve: Vec<ReplicaId>,
+        /// Replicas to begin.
+        add: Vec<ReplicaId>,
+        /// Replicas to end.
+        remove: Vec<ReplicaId>,
+    },
 }
 
 /// A worker, as it introduces itself.
@@ -270,6 +255,9 @@ pub struct VersionSpec {
     /// What it demands of the workers that run it.
     #[serde(default, skip_serializing_if = "Demands::is_none")]
     pub demands: Demands,
+    /// What it may claim where memory is short.
+    #[serde(default, skip_serializing_if = "Claim::is_default")]
+    pub claim: Claim,
 }
 
 impl From<&DeploySpec> for DeploySet {
@@ -280,6 +268,7 @@ impl From<&DeploySpec> for DeploySet {
             size_bytes: spec.size_bytes,
             replicas_wanted: spec.replicas_wanted,
             demands: Demands::default(),
+            claim: Claim::default(),
         };
         Self {
             name: spec.name.clone(),

@@ -12,6 +12,7 @@
 //! - [`members`]: who the coordinators are that agree.
 //! - [`placement`]: which moves would bring the replicas closer to what is wanted.
 //! - [`demands`]: what a deployment demands of the workers that run it.
+//! - [`claim`]: what it may claim of memory that isn't enough for all.
 //! - [`liveness`]: who should be judged dead.
 //! - [`standing`]: what a worker is, in one word.
 //! - [`routes`]: what routers and workers are told.
@@ -20,6 +21,7 @@
 #![forbid(unsafe_code)]
 
 pub mod apply;
+pub mod claim;
 mod codec;
 pub mod command;
 pub mod demands;

@@ -93,19 +93,19 @@ fn told<'a>(state: &'a ClusterState, key: &ModelKey, deployment: &'a Deployment)
 /// Workers whose replica answers and is `wanted`. One that leaves is named only while no other answers, since it may end at any
 /// time; one that moves is named until the others are all ready.
 pub(crate) fn serving(state: &ClusterState, key: &ModelKey, shard: u32, wanted: impl Fn(&Replica) -> bool) -> Vec<WorkerId> {
-    let answers = |worker: &WorkerId| {
-        let replica = state.replicas.get(&crate::placement::replica_id(key, shard, worker));
-        replica.is_some_and(|replica| replica.answering().is_some() && wanted(replica))
+    let answers = |(_, replica): &(&WorkerId, &Replica)| replica.answering().is_some() && wanted(replica);
+    let names = |replicas: &[(&WorkerId, &Replica)]| -> Vec<WorkerId> {
+        replicas.iter().filter(|replica| answers(replica)).map(|(worker, _)| (*worker).clone()).collect()
     };
     let found = Shard::survey(state, key, shard);
     let replicas_wanted = state.models.get(key).map_or(0, |deployment| deployment.replicas_wanted as usize);
-    let mut named: Vec<WorkerId> = found.answering.iter().copied().filter(|worker| answers(worker)).cloned().collect();
+    let mut named = names(&found.staying);
     if named.is_empty() {
         let alive = |id: &WorkerId| state.workers.get(id).is_some_and(|worker| !worker.state.is_over());
-        named.extend(found.leaving.iter().copied().filter(|worker| alive(worker) && answers(worker)).cloned());
+        named.extend(names(&found.leaving).into_iter().filter(alive));
     }
     if !found.relieves_moving(replicas_wanted) {
-        named.extend(found.moving.iter().copied().filter(|worker| answers(worker)).cloned());
+        named.extend(names(&found.moving));
     }
     named.sort();
     named

@@ -2,13 +2,17 @@
 //!
 //! Plain data, the same on every peer. Nothing here decides; [`apply`](mod@crate::apply) is the only code that changes it.
 //! Absent on purpose: heartbeats, free memory and anything else that changes by itself. That lives on the leader.
+mod replicas;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use self::replicas::Replicas;
 use crate::{
     PeerId, WorkerId,
+    claim::Claim,
     codec::blob,
     command::{CommandId, Outcome},
     demands::{Demands, Tags},
@@ -59,7 +63,7 @@ pub struct ClusterState {
     #[serde(default)]
     pub labels: BTreeMap<String, BTreeMap<String, u64>>,
     /// Which worker should run what.
-    pub replicas: BTreeMap<ReplicaId, Replica>,
+    pub replicas: Replicas,
     /// Answers to recent commands.
     pub remembered: Remembered,
 }
@@ -105,15 +109,12 @@ impl ClusterState {
 
     /// The replicas of a model, all its shards together.
     pub fn replicas_of<'a, 'k>(&'a self, key: &'k ModelKey) -> impl Iterator<Item = (&'a ReplicaId, &'a Replica)> + use<'a, 'k> {
-        self.replicas.iter().filter(move |(id, _)| id.is_of(key))
+        self.replicas.of(key)
     }
 
     /// The replicas that a worker should run.
-    pub fn replicas_on<'a, 'k>(
-        &'a self,
-        worker: &'k WorkerId,
-    ) -> impl Iterator<Item = (&'a ReplicaId, &'a Replica)> + use<'a, 'k> {
-        self.replicas.iter().filter(move |(id, _)| id.worker == *worker)
+    pub fn replicas_on(&self, worker: &WorkerId) -> impl Iterator<Item = (&ReplicaId, &Replica)> {
+        self.replicas.on(worker)
     }
 
     /// The workers that can take new replicas.
@@ -228,6 +229,9 @@ pub struct Deployment {
     /// What it demands of the workers that run it.
     #[serde(default, skip_serializing_if = "Demands::is_none")]
     pub demands: Demands,
+    /// What it may claim where memory is short.
+    #[serde(default, skip_serializing_if = "Claim::is_default")]
+    pub claim: Claim,
 }
 
 /// What a version was before it was deployed anew.

@@ -16,6 +16,8 @@ pub enum ModelState {
     Degraded,
     /// It doesn't answer, and won't without help.
     Failed,
+    /// It doesn't answer: memory is short, and it gives way to others. It comes back when there is room.
+    Evicted,
 }
 
 /// What people are told about a model.
@@ -58,11 +60,16 @@ fn model(state: &ClusterState, plan: &Plan, key: &ModelKey, deployment: &Deploym
         n if n >= deployment.replicas_wanted => ModelState::Ready,
         0 if answers => ModelState::Degraded,
         0 if coming => ModelState::Loading,
+        0 if gives_way(plan, key, deployment) => ModelState::Evicted,
         0 => ModelState::Failed,
         _ => ModelState::Degraded,
     };
     let mut reason = match state_word {
         ModelState::Ready => String::new(),
+        ModelState::Evicted => {
+            let why = why(state, plan, key, weakest);
+            format!("it gives way to models of a higher priority and comes back when there is room: {why}")
+        }
         _ => why(state, plan, key, weakest),
     };
     if answers && replicas_ready == 0 {
@@ -80,6 +87,12 @@ fn model(state: &ClusterState, plan: &Plan, key: &ModelKey, deployment: &Deploym
         leaving: deployment.leaving,
         labels: state.labels_of(key).map(str::to_owned).collect(),
     }
+}
+
+/// Whether a model may be evicted, and memory alone is lacking for it.
+fn gives_way(plan: &Plan, key: &ModelKey, deployment: &Deployment) -> bool {
+    let mut unplaced = plan.unplaced.iter().filter(|unplaced| unplaced.model == *key);
+    deployment.claim.evictable && unplaced.any(|unplaced| unplaced.lacks_memory)
 }
 
 /// Whether a replica of the shard answers or is on its way, placed or only planned.

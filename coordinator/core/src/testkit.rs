@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     ClusterState, Command, CommandBody, CommandId, Outcome, PeerId, WorkerId, apply,
+    claim::Claim,
     command::{Cause, DeploySet, DeploySpec, Registration, ReplicaReport, VersionSpec},
     demands::{Demands, Tags},
     placement,
@@ -74,6 +75,13 @@ pub(crate) fn deploy_demanding(state: &mut ClusterState, name: &str, replicas_wa
     run(state, CommandBody::DeploySet(set))
 }
 
+/// Deploys a model of some size that may claim something, one replica of it.
+pub(crate) fn deploy_claiming(state: &mut ClusterState, name: &str, size_bytes: u64, claim: Claim) -> Outcome {
+    let mut set = DeploySet::from(&DeploySpec { size_bytes, ..spec(name, 1, 1) });
+    set.versions[0].claim = claim;
+    run(state, CommandBody::DeploySet(set))
+}
+
 pub(crate) fn deploy(state: &mut ClusterState, name: &str, version: u64, replicas_wanted: u32) -> Outcome {
     run(state, CommandBody::Deploy(spec(name, version, replicas_wanted)))
 }
@@ -86,6 +94,7 @@ pub(crate) fn versions(name: &str, numbers: &[u64], only: bool) -> DeploySet {
         size_bytes: 10 * MIB,
         replicas_wanted: 2,
         demands: Demands::default(),
+        claim: Claim::default(),
     };
     DeploySet { versions: numbers.iter().map(version).collect(), only, ..DeploySet::from(&spec(name, 1, 2)) }
 }

@@ -40,6 +40,10 @@ use crate::metrics;
 const EVENTS_MAX: usize = 1_024;
 /// Moves in one command; the rest of a plan follows when it is applied.
 const MOVES_PER_COMMAND_MAX: usize = 1_000;
+/// A plan that takes longer is followed by a pause, in which what happens is gathered for the next one.
+const PLAN_QUICK: Duration = Duration::from_millis(5);
+/// From one plan to the next, as a multiple of what the first one took.
+const PLAN_PAUSE: u32 = 4;
 
 /// How the duties are done.
 #[derive(Debug, Clone)]
@@ -359,7 +363,13 @@ impl<'a, C: Cluster> Term<'a, C> {
             return;
         }
         self.plan_due = false;
+        let begun = Instant::now();
         let mut plan = self.leader.cluster.read(|state| self.leader.fleet.plan(state));
+        let took = begun.elapsed();
+        if took > PLAN_QUICK {
+            // In a large cluster every report would cost a plan, and heartbeats would wait.
+            self.place_after = begun + took * PLAN_PAUSE;
+        }
         self.short = !plan.unplaced.is_empty();
         if plan.is_empty() {
             return;
@@ -370,6 +380,7 @@ impl<'a, C: Cluster> Term<'a, C> {
         let limit = Duration::from_millis(self.leader.settings.proposal_timeout_ms);
         self.tasks.spawn(async move {
             let (relieved, added, removed, epoch_seen) = (plan.relieve.len(), plan.add.len(), plan.remove.len(), plan.epoch);
+            let evicted = plan.evict.len();
             let changed = match timeout(limit, cluster.propose(plan.into_command())).await {
                 Ok(Ok(Outcome::Rejected(reject))) => {
                     tracing::info!(epoch_seen, %reject, "a plan came too late");
@@ -379,7 +390,8 @@ impl<'a, C: Cluster> Term<'a, C> {
                     metrics::MOVES.with_label_values(&["add"]).inc_by(added as u64);
                     metrics::MOVES.with_label_values(&["remove"]).inc_by(removed as u64);
                     metrics::MOVES.with_label_values(&["relieve"]).inc_by(relieved as u64);
-                    tracing::info!(epoch_seen, relieved, added, removed, "placed replicas");
+                    metrics::MOVES.with_label_values(&["evict"]).inc_by(evicted as u64);
+                    tracing::info!(epoch_seen, relieved, added, removed, evicted, "placed replicas");
                     true
                 }
                 Ok(Err(error)) => {

@@ -81,7 +81,8 @@ impl AdminService for Admin {
         let id = command_id(&request.command_id)?;
         let version = (request.version > 0).then_some(request.version);
         let demands = request.demands.map(demands).transpose()?;
-        let wanted = Wanted { name: request.name, version, replicas: request.replicas, demands, ..Default::default() };
+        let DeployRequest { name, replicas, priority, evictable, .. } = request;
+        let wanted = Wanted { name, version, replicas, demands, priority, evictable, ..Default::default() };
         Ok(Response::new(self.context.deploy(id, wanted, deadline).await?))
     }
 

@@ -5,6 +5,7 @@ use bytes::Bytes;
 use cresset_client::repository::{Repository, StoredModel, archive::Archive};
 use cresset_core::{
     Command, CommandBody, CommandId, Outcome, Reject,
+    claim::Claim,
     command::{DeploySet, VersionSpec},
     demands::Demands,
     state::ModelKey,
@@ -33,6 +34,10 @@ pub(super) struct Wanted {
     pub(super) replicas: u32,
     /// Tags and workers; `None`: those that it has.
     pub(super) demands: Option<Demands>,
+    /// What gets memory first; `None`: as it is.
+    pub(super) priority: Option<u32>,
+    /// Whether it may make room for others; `None`: as it is.
+    pub(super) evictable: Option<bool>,
     /// Instead of the repository's.
     pub(super) config: Option<ModelConfig>,
     /// Files of each version, by their names, instead of the repository's. They need a configuration.
@@ -60,8 +65,13 @@ impl Context {
                 let like =
                     state.models.get(&key).or_else(|| state.versions(&wanted.name).last().map(|(_, deployment)| deployment));
                 let demands = wanted.demands.clone().or_else(|| Some(like?.demands.clone())).unwrap_or_default();
+                let claim = like.map(|deployment| deployment.claim).unwrap_or_default();
                 VersionSpec {
                     demands: with_gpus(demands, &config),
+                    claim: Claim {
+                        priority: wanted.priority.unwrap_or(claim.priority),
+                        evictable: wanted.evictable.unwrap_or(claim.evictable),
+                    },
                     version: version.number,
                     digest: version.digest,
                     size_bytes: version.size_bytes,
@@ -142,7 +152,7 @@ impl Context {
                 let Some(status) = status else { return Err(failed("it was unloaded meanwhile")) };
                 match status.state {
                     ModelState::Ready => break,
-                    ModelState::Failed => return Err(failed(&status.reason)),
+                    ModelState::Failed | ModelState::Evicted => return Err(failed(&status.reason)),
                     _ if status.stuck => return Err(failed(&status.reason)),
                     ModelState::Loading | ModelState::Degraded => {}
                 }

@@ -201,7 +201,7 @@ impl GrpcInferenceService for Inference {
                 let word = match model.state {
                     ModelState::Ready | ModelState::Degraded => "READY",
                     ModelState::Loading => "LOADING",
-                    ModelState::Failed => "UNAVAILABLE",
+                    ModelState::Failed | ModelState::Evicted => "UNAVAILABLE",
                 };
                 let version = model.key.version.to_string();
                 ModelIndex { name: model.key.name.clone(), version, state: word.into(), reason: model.reason.clone() }

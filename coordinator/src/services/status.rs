@@ -119,19 +119,25 @@ impl Context {
             }
         });
         let workers = workers.collect();
-        let models = models(&state, &plan).into_iter().map(|model| Model {
-            name: model.key.name.clone(),
-            version: model.key.version,
-            generation: model.generation,
-            shards: model.shards,
-            replicas_wanted: model.replicas_wanted,
-            replicas_ready: model.replicas_ready,
-            state: model_state(model.state).into(),
-            reason: model.reason,
-            labels: model.labels,
-            leaving: model.leaving,
-            stuck: model.stuck,
-            demands: state.models.get(&model.key).map(|deployment| demands(&deployment.demands)),
+        let models = models(&state, &plan).into_iter().map(|model| {
+            let deployment = state.models.get(&model.key);
+            let claim = deployment.map(|deployment| deployment.claim).unwrap_or_default();
+            Model {
+                name: model.key.name.clone(),
+                version: model.key.version,
+                generation: model.generation,
+                shards: model.shards,
+                replicas_wanted: model.replicas_wanted,
+                replicas_ready: model.replicas_ready,
+                state: model_state(model.state).into(),
+                reason: model.reason,
+                labels: model.labels,
+                leaving: model.leaving,
+                stuck: model.stuck,
+                demands: deployment.map(|deployment| demands(&deployment.demands)),
+                priority: claim.priority,
+                evictable: claim.evictable,
+            }
         });
         StatusResponse {
             cluster_id: state.cluster_id.clone(),
@@ -210,5 +216,6 @@ fn model_state(state: ModelState) -> v1::ModelState {
         ModelState::Loading => v1::ModelState::Loading,
         ModelState::Degraded => v1::ModelState::Degraded,
         ModelState::Failed => v1::ModelState::Failed,
+        ModelState::Evicted => v1::ModelState::Evicted,
     }
 }

@@ -63,7 +63,8 @@ async fn with_neighbour(
     let mut running = generator.start_open(rate)?;
     let mut moves = 0;
     while running.is_at_work()? {
-        let deploy = DeployRequest { command_id: command_id(), name: HEAVY.into(), version: 0, replicas: 1, demands: None };
+        let deploy =
+            DeployRequest { command_id: command_id(), name: HEAVY.into(), version: 0, replicas: 1, ..Default::default() };
         admin.deploy(deploy).await?;
         cluster.wait_for_model(HEAVY, ModelState::Ready, MOVE_TIMEOUT).await?;
         admin.undeploy(UndeployRequest { command_id: command_id(), name: HEAVY.into(), version: 0 }).await?;

@@ -46,6 +46,14 @@ pub struct DeployArgs {
     /// Only on these workers, w1,w2; --on any lifts it [default: as it is]
     #[arg(long, value_name = "WORKERS", value_delimiter = ',')]
     on: Vec<String>,
+    /// Where memory is short, what has more of it is given a place first, if need be that of what is --evictable and has less
+    /// [default: as it is; 0 at first]
+    #[arg(long, value_name = "N")]
+    priority: Option<u32>,
+    /// It may be ended to make room for what has a higher priority, and comes back when there is room; --evictable=false lifts it
+    /// [default: as it is]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    evictable: Option<bool>,
     /// Wait until every replica is ready; exit 1 with the reason if that can't be
     #[arg(long)]
     wait: bool,
@@ -102,6 +110,19 @@ impl DeployArgs {
         let workers = self.on.iter().filter(|worker| *worker != "any").cloned().collect();
         Some(Demands { tags: self.require.iter().cloned().collect(), workers })
     }
+
+    /// All but the id.
+    fn request(&self) -> DeployRequest {
+        DeployRequest {
+            name: self.name.clone(),
+            version: self.version.unwrap_or(0),
+            replicas: self.replicas.unwrap_or(0),
+            demands: self.demands(),
+            priority: self.priority,
+            evictable: self.evictable,
+            ..Default::default()
+        }
+    }
 }
 
 /// Why a deployment wasn't brought about.
@@ -141,7 +162,7 @@ struct Deployed<'a> {
 /// When it is refused, when nobody answers, and with `--wait` when the model can't be served.
 pub async fn deploy(cluster: &Cluster, args: &DeployArgs, settings: &Settings) -> anyhow::Result<()> {
     let begun = Instant::now();
-    let accepted = send_deploy(cluster, &args.name, args.version, args.replicas, args.demands()).await?;
+    let accepted = send_deploy(cluster, args.request()).await?;
     let versions: Vec<u64> = accepted.versions.iter().map(|deployed| deployed.version).collect();
     let label = versions.iter().map(|version| format!("{}/{version}", args.name)).collect::<Vec<_>>().join(", ");
     let is = if versions.len() == 1 { "is" } else { "are" };
@@ -168,20 +189,8 @@ pub async fn deploy(cluster: &Cluster, args: &DeployArgs, settings: &Settings) -
 ///
 /// # Errors
 /// [`CallError`] of the cluster.
-pub async fn send_deploy(
-    cluster: &Cluster,
-    name: &str,
-    version: Option<u64>,
-    replicas: Option<u32>,
-    demands: Option<Demands>,
-) -> Result<DeployResponse, CallError> {
-    let message = DeployRequest {
-        command_id: command_id(),
-        name: name.to_owned(),
-        version: version.unwrap_or(0),
-        replicas: replicas.unwrap_or(0),
-        demands,
-    };
+pub async fn send_deploy(cluster: &Cluster, wanted: DeployRequest) -> Result<DeployResponse, CallError> {
+    let message = DeployRequest { command_id: command_id(), ..wanted };
     let ask = async |channel, limit| AdminServiceClient::new(channel).deploy(request(message.clone(), limit)).await;
     cluster.call(ask).await
 }
@@ -426,7 +435,12 @@ mod tests {
             #[command(flatten)]
             args: DeployArgs,
         }
-        let demands = |args: &[&str]| Line::try_parse_from(["deploy", "m"].iter().chain(args)).unwrap().args.demands();
+        let args = |args: &[&str]| Line::try_parse_from(["deploy", "m"].iter().chain(args)).unwrap().args;
+        let demands = |given: &[&str]| args(given).demands();
+        let claim = |given: &[&str]| (args(given).request().priority, args(given).request().evictable);
+        assert_eq!(claim(&[]), (None, None));
+        assert_eq!(claim(&["--priority", "3", "--evictable"]), (Some(3), Some(true)));
+        assert_eq!(claim(&["--evictable=false", "--wait"]), (None, Some(false)));
         assert_eq!(demands(&[]), None);
         let both = demands(&["--require", "gpu=h100", "--require", "tier=", "--on", "w1,w2"]).unwrap();
         assert_eq!((both.tags.len(), both.tags["gpu"].as_str(), both.workers), (2, "h100", vec!["w1".into(), "w2".into()]));

@@ -94,7 +94,7 @@ pub struct Model {
     pub version: u64,
     /// Which deployment of the name this is.
     pub generation: u64,
-    /// `ready`, `loading`, `degraded` or `failed`.
+    /// `ready`, `loading`, `degraded`, `failed` or `evicted`.
     pub state: &'static str,
     /// Why it isn't ready; empty if it is.
     pub reason: String,
@@ -111,6 +111,10 @@ pub struct Model {
     pub tags_required: BTreeMap<String, String>,
     /// The workers that it demands; any if empty.
     pub workers_required: Vec<String>,
+    /// What has a higher priority is given a place first.
+    pub priority: u32,
+    /// It may be ended to make room for what has a higher priority.
+    pub evictable: bool,
 }
 
 impl Report {
@@ -246,6 +250,7 @@ impl From<admin::Model> for Model {
             ModelState::Loading | ModelState::Unspecified => "loading",
             ModelState::Degraded => "degraded",
             ModelState::Failed => "failed",
+            ModelState::Evicted => "evicted",
         };
         let demands = model.demands.unwrap_or_default();
         Self {
@@ -262,6 +267,8 @@ impl From<admin::Model> for Model {
             stuck: model.stuck,
             tags_required: demands.tags.into_iter().collect(),
             workers_required: demands.workers,
+            priority: model.priority,
+            evictable: model.evictable,
         }
     }
 }
@@ -434,6 +441,8 @@ pub mod tests {
             leaving: false,
             stuck: state == ModelState::Failed,
             demands: None,
+            priority: 0,
+            evictable: false,
         };
         StatusResponse {
             cluster_id: "local-0123abcd".to_owned(),

@@ -39,11 +39,11 @@ pub(super) fn deploy(state: &mut ClusterState, set: &DeploySet) -> Result<Outcom
     if set.only {
         let listed: BTreeSet<u64> = versions.iter().map(|(version, _)| *version).collect();
         let labelled: BTreeSet<u64> = state.labels.get(&set.name).into_iter().flat_map(BTreeMap::values).copied().collect();
-        for (key, deployment) in state.models.iter_mut().filter(|(key, _)| key.name == set.name) {
+        for (key, deployment) in versions_mut(state, &set.name) {
             deployment.leaving = !listed.contains(&key.version) && !labelled.contains(&key.version);
         }
     }
-    settle(state);
+    settle(state, &set.name);
     Ok(Outcome::DeployedSet { versions, epoch: state.epoch })
 }
 
@@ -55,6 +55,7 @@ fn put(state: &mut ClusterState, key: &ModelKey, set: &DeploySet, spec: &Version
             if let Some(deployment) = state.models.get_mut(key) {
                 deployment.replicas_wanted = spec.replicas_wanted;
                 deployment.demands = spec.demands.clone();
+                deployment.claim = spec.claim;
                 deployment.leaving = false;
             }
             known.generation
@@ -89,6 +90,7 @@ fn deployment(set: &DeploySet, spec: &VersionSpec, generation: Generation, forme
         former,
         leaving: false,
         demands: spec.demands.clone(),
+        claim: spec.claim,
     }
 }
 
@@ -134,13 +136,12 @@ fn reload(state: &mut ClusterState, key: &ModelKey, known: &Deployment, set: &De
 }
 
 pub(super) fn undeploy(state: &mut ClusterState, name: &str) -> Result<(), Reject> {
-    let before = state.models.len();
-    state.models.retain(|key, _| key.name != name);
-    if state.models.len() == before {
+    let keys: Vec<ModelKey> = state.versions(name).map(|(key, _)| key.clone()).collect();
+    if keys.is_empty() {
         return Err(Reject::UnknownModel { name: cut(name, TEXT_BYTES_MAX) });
     }
+    keys.iter().for_each(|key| remove(state, key));
     state.labels.remove(name);
-    state.replicas.retain(|id, _| id.model != name);
     advance(state);
     Ok(())
 }
@@ -156,7 +157,7 @@ pub(super) fn undeploy_version(state: &mut ClusterState, name: &str, version: u6
     remove(state, &key);
     // What it was to replace has nobody to wait for any more, and so it stays.
     if state.versions(name).all(|(_, deployment)| deployment.leaving) {
-        state.models.iter_mut().filter(|(key, _)| key.name == name).for_each(|(_, deployment)| deployment.leaving = false);
+        versions_mut(state, name).for_each(|(_, deployment)| deployment.leaving = false);
     }
     advance(state);
     Ok(())
@@ -164,7 +165,12 @@ pub(super) fn undeploy_version(state: &mut ClusterState, name: &str, version: u6
 
 fn remove(state: &mut ClusterState, key: &ModelKey) {
     state.models.remove(key);
-    state.replicas.retain(|id, _| !id.is_of(key));
+    state.replicas.remove_of(key);
+}
+
+fn versions_mut<'a>(state: &'a mut ClusterState, name: &'a str) -> impl Iterator<Item = (&'a ModelKey, &'a mut Deployment)> {
+    let first = ModelKey { name: name.to_owned(), version: 0 };
+    state.models.range_mut(first..).take_while(move |(key, _)| key.name == name)
 }
 
 fn unknown(state: &ClusterState, name: &str, version: u64) -> Reject {
@@ -206,25 +212,20 @@ pub(super) fn set_labels(state: &mut ClusterState, name: &str, wanted: &BTreeMap
     Ok(())
 }
 
-/// Lets go of what has been replaced by now: versions that leave, once those that stay have come up; and what a version was
-/// before, once no replica answers as that.
-pub(super) fn settle(state: &mut ClusterState) {
-    let waiting: BTreeSet<String> =
-        state.models.iter().filter(|(_, deployment)| deployment.leaving).map(|(key, _)| key.name.clone()).collect();
-    for name in waiting {
-        if state.versions(&name).filter(|(_, deployment)| !deployment.leaving).all(|(key, d)| has_come(state, key, d)) {
-            let leaving = state.versions(&name).filter(|(_, deployment)| deployment.leaving);
-            let leaving: Vec<ModelKey> = leaving.map(|(key, _)| key.clone()).collect();
-            leaving.iter().for_each(|key| remove(state, key));
-            advance(state);
-        }
+/// Lets go of what has been replaced by now of a model: versions that leave, once those that stay have come up; and what a
+/// version was before, once no replica answers as that.
+pub(super) fn settle(state: &mut ClusterState, name: &str) {
+    let leaving = state.versions(name).filter(|(_, deployment)| deployment.leaving);
+    let leaving: Vec<ModelKey> = leaving.map(|(key, _)| key.clone()).collect();
+    let has_come = |(key, deployment): (&ModelKey, &Deployment)| deployment.leaving || has_come(state, key, deployment);
+    if !leaving.is_empty() && state.versions(name).all(has_come) {
+        leaving.iter().for_each(|key| remove(state, key));
+        advance(state);
     }
-    let replaced: Vec<ModelKey> = state
-        .models
-        .iter()
-        .filter(|(key, deployment)| deployment.former.is_some() && !state.replicas_of(key).any(|(_, replica)| replica.former > 0))
-        .map(|(key, _)| key.clone())
-        .collect();
+    let is_replaced = |(key, deployment): &(&ModelKey, &Deployment)| {
+        deployment.former.is_some() && !state.replicas_of(key).any(|(_, replica)| replica.former > 0)
+    };
+    let replaced: Vec<ModelKey> = state.versions(name).filter(is_replaced).map(|(key, _)| key.clone()).collect();
     for key in replaced {
         if let Some(deployment) = state.models.get_mut(&key) {
             deployment.former = None;

@@ -450,6 +450,10 @@ fn check_invariants(state: &ClusterState) {
         let stays = state.versions(&key.name).any(|(_, other)| !other.leaving);
         assert!(stays, "{key:?} makes room for nobody: {deployment:?}");
     }
+    // A command settles the models that it is about; nothing remains to be settled of the others.
+    let mut settled = state.clone();
+    state.models.keys().for_each(|key| deployments::settle(&mut settled, &key.name));
+    assert!(settled == *state, "something waits for nothing");
     for route in routes::routes(state).models {
         for worker in route.shards.iter().flatten() {
             assert_ne!(state.workers[worker].state, WorkerState::Dead);
@@ -470,8 +474,6 @@ fn told(state: &ClusterState) -> (routes::RouteTable, Vec<Vec<routes::Assignment
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(192))]
-
     #[test]
     fn any_history_keeps_the_invariants(steps in vec(step(), 1..60)) {
         let mut state = founded();
@@ -526,7 +528,7 @@ proptest! {
         let kept = |id: &&ReplicaId| !plan.remove.contains(*id) && state.models.contains_key(&id.key());
         let expected: BTreeSet<&ReplicaId> = before.iter().filter(kept).chain(&plan.add).collect();
         prop_assert_eq!(state.replicas.keys().collect::<BTreeSet<_>>(), expected, "a move was refused");
-        prop_assert!(testkit::plan(&state).is_empty());
+        prop_assert!(placement::tests::only_evens_out(&testkit::plan(&state)));
     }
 
     #[test]

@@ -4,7 +4,10 @@
 use std::time::Duration;
 
 use cresset_client::{CallError, Tried};
-use cresset_proto::inference::{ModelReadyRequest, grpc_inference_service_client::GrpcInferenceServiceClient};
+use cresset_proto::{
+    admin::v1::DeployRequest,
+    inference::{ModelReadyRequest, grpc_inference_service_client::GrpcInferenceServiceClient},
+};
 use tokio::{
     sync::watch,
     time::{Instant, sleep, timeout},
@@ -134,7 +137,7 @@ async fn deploy(goal: &Goal, name: &str, statuses: &Statuses) -> Result<(), Read
         return Ok(());
     }
     let cluster = Cluster::new(goal.coordinators.clone(), DEPLOY_TIMEOUT);
-    let accepted = send_deploy(&cluster, name, None, None, None)
+    let accepted = send_deploy(&cluster, DeployRequest { name: name.to_owned(), ..Default::default() })
         .await
         .map_err(|error| ReadyError::Deploy { name: name.to_owned(), error })?;
     // What was known before was about an earlier deployment.
@@ -164,7 +167,9 @@ fn served(report: &Report, name: &str) -> Option<Result<(), String>> {
 fn version_served(report: &Report, model: &Model) -> Option<Result<(), String>> {
     match model.state {
         "ready" => Some(Ok(())),
-        "failed" => Some(Err(if model.reason.is_empty() { "no reason was given".to_owned() } else { model.reason.clone() })),
+        "failed" | "evicted" => {
+            Some(Err(if model.reason.is_empty() { "no reason was given".to_owned() } else { model.reason.clone() }))
+        }
         "degraded" => {
             let replicas = || report.replicas_of(&model.name).filter(|(_, replica)| replica.version == model.version);
             replicas().next()?;
