@@ -17,6 +17,7 @@ use crate::{
     claim::Claim,
     command::{DEVICES_MAX, MOVES_MAX, PEERS_MAX, REASON_BYTES_MAX, Registration, ReplicaReport, TEXT_BYTES_MAX, WORKERS_MAX},
     demands::check_tags,
+    level,
     members::{self, MemberChange},
     placement::Shard,
     state::{ClusterState, Epoch, Incarnation, PeerInfo, Replica, ReplicaId, ReplicaState, Worker, WorkerState},
@@ -87,6 +88,7 @@ fn change(state: &mut ClusterState, body: &CommandBody, effects: &mut Vec<Effect
             place(state, *epoch_seen, &Moves { evict, relieve, add, remove })?;
         }
         CommandBody::ReportReplicas { worker, incarnation, replicas } => report(state, worker, *incarnation, replicas)?,
+        CommandBody::RaiseLevel { level } => level::raise(state, *level),
     }
     touched.iter().for_each(|name| deployments::settle(state, name));
     Ok(Outcome::Done { epoch: state.epoch })
@@ -98,7 +100,10 @@ fn touched(state: &ClusterState, body: &CommandBody) -> BTreeSet<String> {
     let on = |worker: &WorkerId| state.replicas_on(worker).map(|(id, _)| id.model.clone()).collect();
     let of = |moves: &[&Vec<ReplicaId>]| moves.iter().flat_map(|ids| ids.iter()).map(|id| id.model.clone()).collect();
     match body {
-        CommandBody::AnnouncePeer { .. } | CommandBody::ChangeMembers(_) | CommandBody::SetLabels { .. } => BTreeSet::new(),
+        CommandBody::AnnouncePeer { .. }
+        | CommandBody::ChangeMembers(_)
+        | CommandBody::SetLabels { .. }
+        | CommandBody::RaiseLevel { .. } => BTreeSet::new(),
         // They see to it themselves.
         CommandBody::Deploy(_) | CommandBody::DeploySet(_) => BTreeSet::new(),
         CommandBody::Undeploy { name } | CommandBody::UndeployVersion { name, .. } => BTreeSet::from([name.clone()]),

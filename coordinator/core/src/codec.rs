@@ -1,9 +1,11 @@
-//! One byte of format version, then MessagePack with named fields.
+//! One byte that says what its reader has to know, then MessagePack with named fields.
 //!
 //! Named fields let a later version add a field with `#[serde(default)]` and still read what this one wrote. The
-//! leading byte is for changes that this can't absorb: an unknown one is refused, never guessed at. There is no
-//! checksum, since the log and the snapshot store keep their own.
+//! leading byte, a feature [`level`](crate::level), is for changes that this can't absorb: an unknown one is refused, never
+//! guessed at. There is no checksum, since the log and the snapshot store keep their own.
 use serde::{Serialize, de::DeserializeOwned};
+
+use crate::level::{LEVEL_FIRST, Level};
 
 /// Why bytes could not be read back.
 #[derive(Debug, thiserror::Error)]
@@ -15,14 +17,14 @@ pub enum DecodeError {
         what: &'static str,
     },
     /// Written by a version of Cresset that this one doesn't know.
-    #[error("{what} has format {found}, this version reads {known}; upgrade this process")]
-    Format {
+    #[error("{what} is of feature level {found}, this version of Cresset knows levels up to {known}; install a later one")]
+    Level {
         /// What was being read.
         what: &'static str,
-        /// The format that was found.
-        found: u8,
-        /// The format that can be read.
-        known: u8,
+        /// The level that was found.
+        found: Level,
+        /// The highest that can be read.
+        known: Level,
     },
     /// Damaged, or not what it claims to be.
     #[error("{what} can't be decoded: {source}")]
@@ -34,21 +36,22 @@ pub enum DecodeError {
     },
 }
 
-/// Writes `value` behind its format byte.
-pub(crate) fn encode<T: Serialize>(format: u8, value: &T) -> Vec<u8> {
-    let mut bytes = vec![format];
+/// Writes `value` behind the level that its reader has to know.
+pub(crate) fn encode<T: Serialize>(level: Level, value: &T) -> Vec<u8> {
+    let mut bytes = vec![level];
     // Writing to memory doesn't fail, and none of our types has a shape that MessagePack lacks; a test encodes them all.
     rmp_serde::encode::write_named(&mut bytes, value).expect("plain data always encodes");
     bytes
 }
 
-/// Reads what [`encode`] wrote.
-pub(crate) fn decode<T: DeserializeOwned>(what: &'static str, known: u8, bytes: &[u8]) -> Result<T, DecodeError> {
+/// Reads what [`encode`] wrote, with the level that it was written at, as one who knows the levels up to `known`.
+pub(crate) fn decode<T: DeserializeOwned>(what: &'static str, known: Level, bytes: &[u8]) -> Result<(Level, T), DecodeError> {
     let (&found, body) = bytes.split_first().ok_or(DecodeError::Empty { what })?;
-    if found != known {
-        return Err(DecodeError::Format { what, found, known });
+    if !(LEVEL_FIRST..=known).contains(&found) {
+        return Err(DecodeError::Level { what, found, known });
     }
-    rmp_serde::from_slice(body).map_err(|source| DecodeError::Malformed { what, source })
+    let value = rmp_serde::from_slice(body).map_err(|source| DecodeError::Malformed { what, source })?;
+    Ok((found, value))
 }
 
 /// Byte strings as MessagePack's `bin`; serde's default would write one number for each byte.

@@ -15,11 +15,10 @@ use crate::{
     claim::Claim,
     codec::{self, DecodeError, blob},
     demands::{Demands, Tags},
+    level::{LEVEL_FIRST, LEVEL_KNOWN, Level},
     members::MemberChange,
     state::{Device, Epoch, Generation, Incarnation, PeerInfo, ReplicaId, ReplicaState},
 };
-
-const FORMAT: u8 = 1;
 
 /// Longest address, zone, device name, platform or digest that is kept.
 pub const TEXT_BYTES_MAX: usize = 512;
@@ -60,16 +59,24 @@ pub struct Command {
 impl Command {
     /// As bytes for the log and for the wire between coordinators.
     pub fn encode(&self) -> Vec<u8> {
-        codec::encode(FORMAT, self)
+        codec::encode(self.body.level(), self)
     }
 
     /// Reads what [`encode`](Self::encode) wrote. A peer that can't read a *committed* command has to stop: skipping it would
     /// part its state from the others'.
     ///
     /// # Errors
-    /// [`DecodeError`] if the bytes are damaged or of a later format.
+    /// [`DecodeError`] if the bytes are damaged, or of a level that this version doesn't know.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        codec::decode("command", FORMAT, bytes)
+        Self::decode_knowing(LEVEL_KNOWN, bytes)
+    }
+
+    /// The same, as a version does that knows no more than this level.
+    ///
+    /// # Errors
+    /// As of [`decode`](Self::decode).
+    pub fn decode_knowing(known: Level, bytes: &[u8]) -> Result<Self, DecodeError> {
+        codec::decode("command", known, bytes).map(|(_, command)| command)
     }
 }
 
@@ -175,6 +182,11 @@ pub enum CommandBody {
         add: Vec<ReplicaId>,
         /// Replicas to end.
         remove: Vec<ReplicaId>,
+    },
+    /// Every member is known to know this feature level: from here on it is in force.
+    RaiseLevel {
+        /// The level.
+        level: Level,
     },
 }
 
@@ -353,15 +365,16 @@ pub enum Outcome {
 impl Outcome {
     /// As bytes for the wire between coordinators.
     pub fn encode(&self) -> Vec<u8> {
-        codec::encode(FORMAT, self)
+        // Only who sent a command gets its outcome, and so knows what can come of it.
+        codec::encode(LEVEL_FIRST, self)
     }
 
     /// Reads what [`encode`](Self::encode) wrote.
     ///
     /// # Errors
-    /// [`DecodeError`] if the bytes are damaged or of a later format.
+    /// [`DecodeError`] if the bytes are damaged.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        codec::decode("outcome", FORMAT, bytes)
+        codec::decode("outcome", LEVEL_FIRST, bytes).map(|(_, outcome)| outcome)
     }
 
     /// The outcome as a result, for callers for whom a rejection is an error.

@@ -10,6 +10,7 @@
 //! - [`apply`](mod@apply): the only mutator.
 //! - [`snapshot`]: the state as bytes.
 //! - [`members`]: who the coordinators are that agree.
+//! - [`level`]: what all of them are known to understand.
 //! - [`placement`]: which moves would bring the replicas closer to what is wanted.
 //! - [`demands`]: what a deployment demands of the workers that run it.
 //! - [`claim`]: what it may claim of memory that isn't enough for all.
@@ -25,6 +26,7 @@ pub mod claim;
 mod codec;
 pub mod command;
 pub mod demands;
+pub mod level;
 pub mod liveness;
 pub mod members;
 pub mod opinions;

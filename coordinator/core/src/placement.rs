@@ -34,6 +34,7 @@ use self::{
 };
 use crate::{
     CommandBody, WorkerId,
+    level::{LEVEL_CLAIMS, LEVEL_REARRANGE},
     state::{ClusterState, Deployment, Epoch, ModelKey, Replica, ReplicaId, ReplicaState},
 };
 
@@ -202,6 +203,9 @@ struct Planner<'a> {
     sites: Vec<Site<'a>>,
     unplaced: Vec<Unplaced>,
     epoch: Epoch,
+    /// Whether every coordinator can read that replicas which answer are to move. What was begun goes on in any case: it is in
+    /// the state.
+    may_move: bool,
     /// How often room may yet be made in this plan.
     searches_left: usize,
 }
@@ -227,7 +231,9 @@ impl<'a> Planner<'a> {
         };
         let sites = shards.map(site).collect();
         loads.rank();
-        Self { policy, loads, sites, unplaced: Vec::new(), epoch: state.epoch, searches_left: evict::SEARCHES_MAX }
+        let may_move = state.level >= LEVEL_REARRANGE;
+        let searches_left = if state.level >= LEVEL_CLAIMS { evict::SEARCHES_MAX } else { 0 };
+        Self { policy, loads, sites, unplaced: Vec::new(), epoch: state.epoch, may_move, searches_left }
     }
 
     /// The plan, and how many workers were looked at for it.

@@ -3,21 +3,29 @@
 use crate::{
     ClusterState,
     codec::{self, DecodeError},
+    level::{LEVEL_KNOWN, Level},
 };
-
-const FORMAT: u8 = 1;
 
 /// The whole state as bytes.
 pub fn encode(state: &ClusterState) -> Vec<u8> {
-    codec::encode(FORMAT, state)
+    codec::encode(state.level, state)
 }
 
 /// Reads what [`encode`] wrote.
 ///
 /// # Errors
-/// [`DecodeError`] if the bytes are damaged or of a later format.
+/// [`DecodeError`] if the bytes are damaged, or a level is in force that this version doesn't know.
 pub fn decode(bytes: &[u8]) -> Result<ClusterState, DecodeError> {
-    codec::decode("snapshot", FORMAT, bytes)
+    decode_knowing(LEVEL_KNOWN, bytes)
+}
+
+/// Reads what [`encode`] wrote, as a version does that knows no more than this level.
+///
+/// # Errors
+/// As of [`decode`].
+pub fn decode_knowing(known: Level, bytes: &[u8]) -> Result<ClusterState, DecodeError> {
+    let (level, state) = codec::decode::<ClusterState>("snapshot", known, bytes)?;
+    Ok(ClusterState { level, ..state })
 }
 
 #[cfg(test)]

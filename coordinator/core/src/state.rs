@@ -16,6 +16,7 @@ use crate::{
     codec::blob,
     command::{CommandId, Outcome},
     demands::{Demands, Tags},
+    level::{LEVEL_FIRST, Level},
     members::Members,
 };
 
@@ -37,6 +38,10 @@ const REBORN_AHEAD: u64 = 1 << 32;
 pub struct ClusterState {
     /// The cluster's name; two clusters never mix.
     pub cluster_id: String,
+    /// The feature level in force: what every coordinator is known to understand. A snapshot begins with it, so it isn't written
+    /// a second time.
+    #[serde(skip)]
+    pub level: Level,
     /// Grows when assignments, routes, workers or the coordinators' addresses change.
     pub epoch: Epoch,
     /// The last generation that was given to a deployment or a retried replica.
@@ -71,7 +76,7 @@ pub struct ClusterState {
 impl ClusterState {
     /// The state of a cluster in which nothing has happened yet.
     pub fn new(cluster_id: impl Into<String>) -> Self {
-        Self { cluster_id: cluster_id.into(), ..Self::default() }
+        Self { cluster_id: cluster_id.into(), level: LEVEL_FIRST, ..Self::default() }
     }
 
     /// The state in which a new group of coordinators, by another name, goes on from this one. Who the coordinators were is

@@ -6,6 +6,7 @@ use crate::{
     claim::Claim,
     command::{Cause, DeploySet, DeploySpec, Registration, ReplicaReport, VersionSpec},
     demands::{Demands, Tags},
+    level::LEVEL_KNOWN,
     placement,
     state::{Device, ReplicaId, ReplicaState},
 };
@@ -39,16 +40,21 @@ pub(crate) fn register(state: &mut ClusterState, name: &str, incarnation: u64) -
     run(state, CommandBody::RegisterWorker(registration(name, incarnation)))
 }
 
+/// A cluster in which nothing has happened but that all coordinators know everything.
+fn upgraded() -> ClusterState {
+    ClusterState { level: LEVEL_KNOWN, ..ClusterState::new("test") }
+}
+
 /// A cluster in which nothing has happened, of three coordinators.
 pub(crate) fn founded() -> ClusterState {
-    let mut state = ClusterState::new("test");
+    let mut state = upgraded();
     state.members.voters = (1..=3).map(PeerId).collect();
     state
 }
 
 /// A cluster in which these workers registered, in their first life.
 pub(crate) fn registered(names: &[&str]) -> ClusterState {
-    let mut state = ClusterState::new("test");
+    let mut state = upgraded();
     for name in names {
         register(&mut state, name, 1);
     }

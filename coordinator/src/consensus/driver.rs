@@ -7,16 +7,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cresset_core::{CommandId, Effect, members::MemberChange};
+use cresset_core::{
+    CommandId, Effect, PeerId,
+    level::{Level, Needs},
+    members::MemberChange,
+};
 use tokio::sync::{broadcast, watch};
 use tracing::{debug, error, info, warn};
 
 use super::{
+    announced::Announced,
     error::{ProposeError, ReadRefused},
     inbox::{Arrivals, Input},
     log::LogStore,
     machine::{Answer, Shared},
-    node::{Envelope, Node, NodeError, RaftStatus, Refusal, Role, Sink},
+    node::{Envelope, Node, NodeError, NotTaken, RaftStatus, Refusal, Role, Sink},
     pending::{Pending, ProposeReply, Reads},
     settings::Settings,
     space::Space,
@@ -52,6 +57,8 @@ pub(super) struct Driver<L: LogStore> {
     arrivals: Arrivals,
     outbox: Outbox,
     published: Published,
+    announced: Announced,
+    level_known: Level,
     tick: Duration,
     waiters_max: usize,
     space: Space,
@@ -103,6 +110,7 @@ impl<L: LogStore> Driver<L> {
         arrivals: Arrivals,
         links: Links,
         published: Published,
+        announced: Announced,
         settings: &Settings,
     ) -> Self {
         let space = Space::new(&settings.data_dir, settings.disk_kept_bytes);
@@ -114,6 +122,8 @@ impl<L: LogStore> Driver<L> {
             arrivals,
             outbox,
             published,
+            announced,
+            level_known: settings.level_known,
             tick: settings.tick,
             waiters_max: settings.waiters_max,
             space,
@@ -192,7 +202,7 @@ impl<L: LogStore> Driver<L> {
 
     fn take(&mut self, input: Input) -> Result<(), NodeError> {
         match input {
-            Input::Propose { id, command, change, reply } => self.propose(id, command, change.as_ref(), reply),
+            Input::Propose { id, command, needs, change, reply } => self.propose(id, command, needs, change.as_ref(), reply),
             Input::Read { reply } => {
                 if self.outbox.reads.waiters() >= self.waiters_max {
                     let _ = reply.send(Err(ReadRefused::Overloaded));
@@ -222,18 +232,28 @@ impl<L: LogStore> Driver<L> {
                 warn!(by, "a member of the cluster says that this coordinator was removed");
                 return Err(NodeError::Removed { id: self.node.status().id });
             }
+            Input::Outdated { by, level } => {
+                warn!(
+                    by,
+                    level, "a member of the cluster says that a feature level is in force that this coordinator doesn't know"
+                );
+                return Err(NodeError::Outdated { id: self.node.status().id, level, known: self.level_known });
+            }
             // Handled by the loop.
             Input::Stop => {}
         }
         Ok(())
     }
 
-    fn propose(&mut self, id: CommandId, command: Vec<u8>, change: Option<&MemberChange>, reply: ProposeReply) {
+    fn propose(&mut self, id: CommandId, command: Vec<u8>, needs: Needs, change: Option<&MemberChange>, reply: ProposeReply) {
         if self.outbox.pending.waiters() >= self.waiters_max {
             return drop(reply.send(Err(ProposeError::Overloaded)));
         }
         if self.outbox.pending.holds(id) {
             return self.outbox.pending.wait(id, reply);
+        }
+        if let Err(why) = self.check_level(needs, change) {
+            return drop(reply.send(Err(why.into())));
         }
         let taken = match change {
             None => self.node.propose(command),
@@ -250,6 +270,26 @@ impl<L: LogStore> Driver<L> {
             Ok(()) => self.outbox.pending.wait(id, reply),
             Err(why) => drop(reply.send(Err(why.into()))),
         }
+    }
+
+    /// Whether every member can read the command, and a coordinator that is to vote what comes after it. Only a leader that has
+    /// applied all that it knows to be committed can tell; another one finds out that it doesn't lead.
+    fn check_level(&self, needs: Needs, change: Option<&MemberChange>) -> Result<(), NotTaken> {
+        let status = self.node.status();
+        if status.role != Role::Leader {
+            return Ok(());
+        }
+        let level = self.node.machine().state().read().level;
+        if let Err(too_low) = needs.met_by(level) {
+            // A new leader may just not have come to where its predecessor raised it.
+            return Err(if self.node.is_current() { Refusal::from(too_low).into() } else { NotTaken::Changing });
+        }
+        if let Some(MemberChange::Promote { peer: PeerId(peer), .. }) = change
+            && let Some(known) = self.announced.last(*peer).filter(|known| *known < level)
+        {
+            return Err(Refusal::Outdated { peer: *peer, known, level }.into());
+        }
+        Ok(())
     }
 
     /// Does what the inputs ask for, and tells everybody where things stand.

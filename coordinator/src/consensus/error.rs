@@ -90,7 +90,9 @@ impl ProposeError {
             Code::ResourceExhausted => Self::Overloaded,
             Code::OutOfRange => Self::MembersChanging,
             Code::PermissionDenied => Self::Refused { problem: status.message().to_owned() },
-            Code::InvalidArgument => Self::TooLarge { bytes },
+            Code::InvalidArgument if bytes > COMMAND_BYTES_MAX => Self::TooLarge { bytes },
+            // A leader of an earlier version, which can't read it.
+            Code::InvalidArgument => Self::Refused { problem: status.message().to_owned() },
             // A peer that is ending, or a connection that broke: the command may have got through.
             _ => Self::Unreachable { leader: asked, problem: status.message().to_owned() },
         }
@@ -280,11 +282,14 @@ mod tests {
             ProposeError::Overloaded,
             ProposeError::MembersChanging,
             ProposeError::Refused { problem: "c4 is behind".into() },
-            ProposeError::TooLarge { bytes: 9 },
+            ProposeError::TooLarge { bytes: COMMAND_BYTES_MAX + 9 },
         ];
         for error in errors {
-            assert_eq!(ProposeError::from_status(1, 9, &error.to_status()), error);
+            assert_eq!(ProposeError::from_status(1, COMMAND_BYTES_MAX + 9, &error.to_status()), error);
         }
+        let unreadable = Status::invalid_argument("command has format 2, this version reads 1; upgrade this process");
+        let problem = unreadable.message().to_owned();
+        assert_eq!(ProposeError::from_status(1, 9, &unreadable), ProposeError::Refused { problem });
         let unsure = ProposeError::from_status(1, 9, &ProposeError::Shutdown.to_status());
         assert!(matches!(unsure, ProposeError::Unreachable { leader: 1, .. }) && unsure.retryable());
         for refused in [ReadRefused::NotLeader { leader: Some(2) }, ReadRefused::Overloaded] {

@@ -1,7 +1,7 @@
 //! What the rest of a coordinator holds of consensus: a cheap handle that proposes, reads and watches.
-use std::{future::Future, pin::pin, sync::Arc, thread, time::Duration};
+use std::{collections::BTreeMap, future::Future, pin::pin, sync::Arc, thread, time::Duration};
 
-use cresset_core::{ClusterState, Command, CommandBody, Effect, Outcome, PeerId};
+use cresset_core::{ClusterState, Command, CommandBody, Effect, Outcome, PeerId, level::Level};
 use cresset_proto::raft::v1::{
     ProposeRequest, ReadIndexRequest, TransferLeadershipRequest, raft_service_client::RaftServiceClient,
 };
@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, transport::Channel};
 
 use super::{
+    announced::{Announced, Heard},
     driver::Applied,
     error::{ProposeError, ReadError, ReadRefused, TransferError},
     inbox::{Inbox, Input, NotQueued},
@@ -39,6 +40,8 @@ pub(super) struct Inner {
     pub(super) cluster_id: String,
     pub(super) propose_timeout: Duration,
     pub(super) inbox: Inbox,
+    pub(super) level_known: Level,
+    pub(super) announced: Announced,
     pub(super) shared: Shared,
     pub(super) contacts: Contacts,
     pub(super) raft: watch::Receiver<RaftStatus>,
@@ -60,6 +63,23 @@ impl Consensus {
     /// The cluster's name.
     pub fn cluster_id(&self) -> &str {
         &self.inner.cluster_id
+    }
+
+    /// The highest feature level that this coordinator knows.
+    pub fn level_known(&self) -> Level {
+        self.inner.level_known
+    }
+
+    /// The highest feature level that each coordinator knows, of those that are connected with this one; and of itself.
+    pub fn levels_known(&self) -> BTreeMap<PeerId, Level> {
+        let mut known = self.inner.announced.live();
+        known.insert(PeerId(self.inner.id), self.inner.level_known);
+        known
+    }
+
+    /// A peer says what it knows, and may do so as long as what is returned lives.
+    pub(super) fn hear(&self, peer: u64, level: Level) -> Heard {
+        self.inner.announced.hear(peer, level)
     }
 
     pub(super) fn was_removed(&self, id: u64) -> bool {
@@ -124,10 +144,13 @@ impl Consensus {
             CommandBody::ChangeMembers(change) => Some(change.clone()),
             _ => None,
         };
-        self.put(Input::Propose { id: command.id, command: command.encode(), change, reply }).map_err(|full| match full {
-            NotQueued::Full(_) => ProposeError::Overloaded,
-            NotQueued::Closed => ProposeError::Shutdown,
-        })?;
+        let needs = command.body.needs();
+        self.put(Input::Propose { id: command.id, command: command.encode(), needs, change, reply }).map_err(
+            |full| match full {
+                NotQueued::Full(_) => ProposeError::Overloaded,
+                NotQueued::Closed => ProposeError::Shutdown,
+            },
+        )?;
         let unknown = || ProposeError::Indeterminate { leader: self.raft().borrow().leader };
         match timeout(self.inner.propose_timeout, answer).await {
             Ok(Ok(answer)) => answer,

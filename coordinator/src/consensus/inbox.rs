@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use bytes::Bytes;
-use cresset_core::{CommandId, members::MemberChange};
+use cresset_core::{CommandId, level::Needs, members::MemberChange};
 use tokio::sync::oneshot;
 
 use super::{
@@ -24,7 +24,7 @@ const BYTES_MAX: usize = 64 << 20;
 #[derive(Debug)]
 pub(super) enum Input {
     /// Somebody wants a command applied, which may change the members.
-    Propose { id: CommandId, command: Vec<u8>, change: Option<MemberChange>, reply: ProposeReply },
+    Propose { id: CommandId, command: Vec<u8>, needs: Needs, change: Option<MemberChange>, reply: ProposeReply },
     /// Somebody wants to read what is current.
     Read { reply: ReadReply },
     /// A message from a peer.
@@ -41,6 +41,8 @@ pub(super) enum Input {
     Members { reply: oneshot::Sender<Vec<MemberSeen>> },
     /// Another peer says that this one was removed.
     Removed { by: u64 },
+    /// Another peer says that a feature level is in force that this one doesn't know.
+    Outdated { by: u64, level: u32 },
     /// End.
     Stop,
 }
@@ -57,6 +59,7 @@ impl Input {
             | Self::TransferLeadership { .. }
             | Self::Members { .. }
             | Self::Removed { .. }
+            | Self::Outdated { .. }
             | Self::Stop => 0,
         }
     }

@@ -3,6 +3,7 @@ use std::sync::Arc;
 
 use cresset_core::{
     ClusterState, Command, CommandId, DecodeError, Effect, Outcome, apply,
+    level::{LEVEL_KNOWN, Level},
     members::{MemberChange, Members},
     snapshot,
 };
@@ -56,12 +57,19 @@ pub struct Answer {
 #[derive(Debug, Clone)]
 pub struct Shared {
     state: Arc<RwLock<ClusterState>>,
+    level_known: Level,
 }
 
 impl Shared {
     /// Starts from `state`.
     pub fn new(state: ClusterState) -> Self {
-        Self { state: Arc::new(RwLock::new(state)) }
+        Self { state: Arc::new(RwLock::new(state)), level_known: LEVEL_KNOWN }
+    }
+
+    /// The same, which can read no more than a version that knows this level.
+    #[must_use]
+    pub fn knowing(self, level_known: Level) -> Self {
+        Self { level_known, ..self }
     }
 
     /// The state itself. Writing to it is the driver's alone.
@@ -74,7 +82,7 @@ impl StateMachine for Shared {
     type Outcome = Answer;
 
     fn apply(&mut self, _index: u64, command: &[u8]) -> Result<Answer, DecodeError> {
-        let command = Command::decode(command)?;
+        let command = Command::decode_knowing(self.level_known, command)?;
         let (outcome, effects) = apply(&mut self.state.write(), &command);
         Ok(Answer { id: command.id, outcome, effects })
     }
@@ -95,11 +103,11 @@ impl StateMachine for Shared {
     }
 
     fn check(&self, bytes: &[u8]) -> Result<(), DecodeError> {
-        snapshot::decode(bytes).map(|_| ())
+        snapshot::decode_knowing(self.level_known, bytes).map(|_| ())
     }
 
     fn restore(&mut self, bytes: &[u8], members: &Members) -> Result<(), DecodeError> {
-        let state = ClusterState { members: members.clone(), ..snapshot::decode(bytes)? };
+        let state = ClusterState { members: members.clone(), ..snapshot::decode_knowing(self.level_known, bytes)? };
         *self.state.write() = state;
         Ok(())
     }

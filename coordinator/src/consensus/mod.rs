@@ -15,8 +15,10 @@
 //! - `log`, `engine_log`, `identity`: what is on the disk, and the proof that it is all there.
 //! - `driver`, `inbox`, `pending`: the thread around the node, its inputs, and who waits for what.
 //! - `transport`, `service`, `handle`: to the peers, from the peers, and the face to the rest of the process.
+//! - `announced`: what the peers say that they know.
 //!
 //! This is the only place that names the crates `raft`, `raft_engine` and `protobuf`. Absent: TLS between peers.
+mod announced;
 mod driver;
 mod engine_log;
 mod error;
@@ -77,7 +79,7 @@ pub fn start(settings: &Settings, mut initial: ClusterState) -> Result<(Consensu
     if !settings.join {
         initial.founders = settings.peers.keys().copied().map(PeerId).collect();
     }
-    let shared = Shared::new(initial);
+    let shared = Shared::new(initial).knowing(settings.level_known);
     let range = settings.election_ticks_min..settings.election_ticks_max;
     let draw: ElectionDraw = Box::new(move |_| rand::rng().random_range(range.clone()));
     let node = Node::new(settings, log, shared.clone(), draw, &tracing_drain::logger())?;
@@ -91,7 +93,8 @@ pub fn start(settings: &Settings, mut initial: ClusterState) -> Result<(Consensu
     let published = driver::Published { raft: raft_sender, applied: applied_sender, effects: effects.clone() };
     let links = transport::Links::spawn(settings, &inbox, &shutdown);
     let contacts = links.contacts();
-    let driver = driver::Driver::new(node, arrivals, links, published, settings);
+    let announced = announced::Announced::default();
+    let driver = driver::Driver::new(node, arrivals, links, published, announced.clone(), settings);
     let (ended_sender, ended) = oneshot::channel();
     let ending = shutdown.clone();
     let thread = thread::Builder::new().name("raft".to_owned()).spawn(move || {
@@ -108,6 +111,8 @@ pub fn start(settings: &Settings, mut initial: ClusterState) -> Result<(Consensu
         cluster_id: settings.cluster_id.clone(),
         propose_timeout: settings.propose_timeout,
         inbox: inbox.clone(),
+        level_known: settings.level_known,
+        announced,
         shared,
         contacts,
         raft,

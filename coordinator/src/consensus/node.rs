@@ -7,6 +7,7 @@
 //! on, since a promise could be broken by then.
 use std::fmt;
 
+use cresset_core::level::Level;
 use protobuf::Message as _;
 use raft::{
     Config, RawNode, ReadOnlyOption, SnapshotStatus, StateRole,
@@ -186,6 +187,18 @@ pub enum NodeError {
         /// Who was removed.
         id: u64,
     },
+    /// The cluster has gone beyond this version of Cresset.
+    #[error(
+        "the cluster is at feature level {level}, this coordinator, c{id}, knows levels up to {known}; install the version of Cresset that the other coordinators run and start it again, its folder stays as it is"
+    )]
+    Outdated {
+        /// Who is too old.
+        id: u64,
+        /// What is in force.
+        level: u32,
+        /// What it knows.
+        known: Level,
+    },
     /// The raft library refused its configuration or its own output.
     #[error("raft: {0}")]
     Raft(String),
@@ -307,6 +320,12 @@ impl<L: LogStore, M: StateMachine> Node<L, M> {
         }
         self.guarded(|raw| raw.read_index(context.to_be_bytes().to_vec()));
         Ok(())
+    }
+
+    /// Whether this peer leads, has committed in its term, and has applied everything that it knows to be committed.
+    pub fn is_current(&self) -> bool {
+        let raft = &self.raw.raft;
+        self.leading().is_ok() && raft.commit_to_current_term() && self.applied == raft.raft_log.committed
     }
 
     fn leading(&self) -> Result<(), NotTaken> {

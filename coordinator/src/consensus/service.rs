@@ -2,7 +2,10 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use cresset_core::{Command, PeerId};
+use cresset_core::{
+    Command, PeerId,
+    level::{LEVEL_FIRST, Level},
+};
 use cresset_proto::{
     metadata::timeout,
     raft::v1::{
@@ -20,6 +23,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::warn;
 
 use super::{
+    announced::Heard,
     handle::Consensus,
     inbox::{Inbox, Input, NotQueued},
     settings::SNAPSHOT_BYTES_MAX,
@@ -106,12 +110,35 @@ impl PeerService {
         Ok(())
     }
 
+    /// One that can't read what is agreed on can't take part: neither the caller, nor this coordinator itself.
+    async fn check_level(&self, from: u64, known: Level, in_force_there: u32) -> Result<(), Status> {
+        let id = self.consensus.id();
+        if in_force_there > self.consensus.level_known().into() {
+            self.inbox.put_surely(Input::Outdated { by: from, level: in_force_there }).await;
+            return Err(ended());
+        }
+        let level = self.consensus.state().level;
+        if known >= level {
+            return Ok(());
+        }
+        warn!(from, known, level, "refused a call of a coordinator that is too old");
+        Err(Status::permission_denied(format!(
+            "c{from} knows feature levels up to {known}, c{id} is at {level}: install the version of Cresset on c{from} that the other coordinators run"
+        )))
+    }
+
     async fn deliver_all(&self, mut stream: Streaming<DeliverRequest>) -> Result<(), Status> {
         let mut peer = None;
+        let mut heard: Option<Heard> = None;
         while let Some(request) = stream.message().await? {
             let from = request.from_peer;
             self.check_pair(&request.cluster_id, from, request.to_peer, &mut peer)?;
             self.check_beginning(from, &request.founders, &request.origin)?;
+            let known = level_known(&request);
+            if heard.as_ref().is_none_or(|heard| heard.level() != known) {
+                heard = Some(self.consensus.hear(from, known));
+            }
+            self.check_level(from, known, request.level).await?;
             if request.messages.len() > MESSAGES_MAX {
                 return Err(Status::invalid_argument(format!("messages has more than {MESSAGES_MAX} items")));
             }
@@ -218,6 +245,12 @@ impl RaftService for PeerService {
         let index = self.consensus.read_index_here().await.map_err(|refused| refused.to_status())?;
         Ok(Response::new(ReadIndexResponse { index }))
     }
+}
+
+/// The highest feature level that the sender knows. One before there were levels says nothing.
+fn level_known(request: &DeliverRequest) -> Level {
+    // One that is beyond our numbers knows more than we can ask for.
+    Level::try_from(request.level_known).unwrap_or(Level::MAX).max(LEVEL_FIRST)
 }
 
 fn ended() -> Status {

@@ -1,7 +1,10 @@
 //! What consensus has to be told, and the relations that its limits must keep.
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
-use cresset_core::command::VOTERS_MAX;
+use cresset_core::{
+    command::VOTERS_MAX,
+    level::{LEVEL_FIRST, LEVEL_KNOWN, Level},
+};
 
 /// Largest encoded command. A model configuration is at most 1 MiB, a plan of 10,000 moves about the same.
 pub const COMMAND_BYTES_MAX: usize = 2 << 20;
@@ -50,6 +53,8 @@ pub struct Settings {
     pub propose_timeout: Duration,
     /// How long one transfer of a snapshot may take.
     pub snapshot_timeout: Duration,
+    /// The highest feature level that this coordinator knows. Lower where a test stands in for an earlier version.
+    pub level_known: Level,
 }
 
 impl Settings {
@@ -75,6 +80,7 @@ impl Settings {
             disk_kept_bytes: 64 << 20,
             propose_timeout: Duration::from_secs(5),
             snapshot_timeout: Duration::from_secs(60),
+            level_known: LEVEL_KNOWN,
         }
     }
 
@@ -129,6 +135,8 @@ impl Settings {
         want(self.waiters_max >= 1, "waiters_max", "must be at least 1".to_owned());
         want(!self.propose_timeout.is_zero(), "propose_timeout", "must not be 0".to_owned());
         want(!self.snapshot_timeout.is_zero(), "snapshot_timeout", "must not be 0".to_owned());
+        let level_fits = (LEVEL_FIRST..=LEVEL_KNOWN).contains(&self.level_known);
+        want(level_fits, "level_known", format!("is {}, it must be {LEVEL_FIRST} to {LEVEL_KNOWN}", self.level_known));
         if problems.is_empty() { Ok(()) } else { Err(problems) }
     }
 }

@@ -19,6 +19,8 @@ use tonic::{Code, transport::Server};
 
 use super::*;
 
+mod levels;
+
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A cluster whose members have a runtime each, so that one can be dropped with all its sockets and tasks.
@@ -384,14 +386,15 @@ async fn a_disk_that_fails_ends_the_driver_and_leaves_no_caller_behind() {
     let (effects, _) = broadcast::channel(8);
     let published = driver::Published { raft, applied, effects };
     let links = transport::Links::spawn(&settings, &inbox, &CancellationToken::new());
-    let driver = driver::Driver::new(node, arrivals, links, published, &settings);
+    let driver = driver::Driver::new(node, arrivals, links, published, announced::Announced::default(), &settings);
     let thread = thread::spawn(move || driver.run());
     status.wait_for(|status| status.role == Role::Leader).await.unwrap();
     let mut answers = Vec::new();
     for n in 0..40 {
         let (reply, answer) = oneshot::channel();
         let command = announce(n);
-        let input = inbox::Input::Propose { id: command.id, command: command.encode(), change: None, reply };
+        let (needs, encoded) = (command.body.needs(), command.encode());
+        let input = inbox::Input::Propose { id: command.id, command: encoded, needs, change: None, reply };
         if inbox.put(input).is_err() {
             break;
         }

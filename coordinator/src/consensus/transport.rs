@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use cresset_core::{ClusterState, PeerId};
+use cresset_core::{ClusterState, PeerId, level::Level};
 use cresset_proto::raft::v1::{DeliverRequest, InstallSnapshotRequest, raft_service_client::RaftServiceClient};
 use parking_lot::RwLock;
 use rand::Rng as _;
@@ -73,14 +73,16 @@ struct Wiring {
     snapshot_timeout: Duration,
     shutdown: CancellationToken,
     runtime: tokio::runtime::Handle,
-    beginning: Arc<RwLock<Beginning>>,
+    level_known: Level,
+    standing: Arc<RwLock<Standing>>,
 }
 
-/// How the cluster began, as far as this peer knows.
-#[derive(Debug, Clone, Default)]
-struct Beginning {
+/// What every request tells of the cluster, as far as this peer has come: how it began, and the feature level in force.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Standing {
     founders: Vec<u64>,
     origin: String,
+    level: Level,
 }
 
 struct Link {
@@ -111,7 +113,8 @@ impl Links {
             snapshot_timeout: settings.snapshot_timeout,
             shutdown: shutdown.clone(),
             runtime: tokio::runtime::Handle::current(),
-            beginning: Arc::default(),
+            level_known: settings.level_known,
+            standing: Arc::default(),
         };
         let (links, contacts, announced) = (BTreeMap::new(), Contacts::default(), BTreeMap::new());
         let mut all = Self { wiring, links, contacts, announced };
@@ -126,9 +129,11 @@ impl Links {
 
     /// Connects to new members, to those that moved, and no longer to those that are gone.
     pub(super) fn follow(&mut self, state: &ClusterState) {
-        if self.wiring.beginning.read().founders.len() != state.founders.len() {
+        let known = self.wiring.standing.read().clone();
+        // Founders become known once, and never change after that.
+        if known.founders.len() != state.founders.len() || known.level != state.level {
             let founders = state.founders.iter().map(|peer| peer.0).collect();
-            *self.wiring.beginning.write() = Beginning { founders, origin: state.origin.clone() };
+            *self.wiring.standing.write() = Standing { founders, origin: state.origin.clone(), level: state.level };
         }
         for (&PeerId(peer), info) in &state.peers {
             let moved = match self.announced.entry(peer) {
@@ -195,7 +200,8 @@ impl Wiring {
             peer,
             address: address.to_owned(),
             inbox,
-            beginning: Arc::clone(&self.beginning),
+            level_known: self.level_known,
+            standing: Arc::clone(&self.standing),
         };
         let (to_deliver, to_install, timeout) = (wire.clone(), wire, self.snapshot_timeout);
         let end = self.shutdown.child_token();
@@ -227,7 +233,8 @@ struct Wire {
     peer: u64,
     address: String,
     inbox: Inbox,
-    beginning: Arc<RwLock<Beginning>>,
+    level_known: Level,
+    standing: Arc<RwLock<Standing>>,
 }
 
 impl Wire {
@@ -300,9 +307,10 @@ impl Wire {
             }
             next = waiting.try_recv().ok();
         }
-        let Beginning { founders, origin } = self.beginning.read().clone();
+        let Standing { founders, origin, level } = self.standing.read().clone();
         let (cluster_id, from_peer, to_peer) = (self.cluster_id.clone(), self.id, self.peer);
-        DeliverRequest { cluster_id, from_peer, to_peer, messages, founders, origin }
+        let (level_known, level) = (self.level_known.into(), level.into());
+        DeliverRequest { cluster_id, from_peer, to_peer, messages, founders, origin, level_known, level }
     }
 
     async fn install(self, mut transfers: mpsc::Receiver<Envelope>, timeout: Duration) {
@@ -340,7 +348,7 @@ impl Wire {
     fn chunks(&self, message: Bytes, data: Bytes) -> impl Iterator<Item = InstallSnapshotRequest> {
         let crc32 = crc32fast::hash(&data);
         let count = data.len().div_ceil(CHUNK_BYTES).max(1);
-        let Beginning { founders, origin } = self.beginning.read().clone();
+        let Standing { founders, origin, .. } = self.standing.read().clone();
         (0..count).map(move |n| {
             let (start, end) = (n * CHUNK_BYTES, data.len().min((n + 1) * CHUNK_BYTES));
             InstallSnapshotRequest {

@@ -1,11 +1,12 @@
 //! What the leader's duties need of consensus, and nothing else of it: so they can be tested without a log or a network.
 use std::{
+    collections::BTreeMap,
     fmt::Display,
     future::{Future, ready},
     time::Duration,
 };
 
-use cresset_core::{ClusterState, Command, CommandBody, CommandId, Outcome, PeerId, state::Epoch};
+use cresset_core::{ClusterState, Command, CommandBody, CommandId, Outcome, PeerId, level::Level, state::Epoch};
 use futures::{Stream, StreamExt, stream::BoxStream};
 use tokio::time::Instant;
 use tokio_stream::wrappers::WatchStream;
@@ -38,6 +39,10 @@ pub trait Cluster: Clone + Send + Sync + 'static {
 
     /// Looks at the state as it was applied here. The view must be quick: nothing is applied meanwhile.
     fn read<R>(&self, view: impl FnOnce(&ClusterState) -> R) -> R;
+
+    /// The highest feature level that each coordinator says that it knows, of those that are connected with this one; and of
+    /// itself.
+    fn levels_known(&self) -> BTreeMap<PeerId, Level>;
 
     /// Who leads now.
     fn role(&self) -> Role;
@@ -72,6 +77,10 @@ impl Cluster for Consensus {
 
     fn read<R>(&self, view: impl FnOnce(&ClusterState) -> R) -> R {
         view(&self.state())
+    }
+
+    fn levels_known(&self) -> BTreeMap<PeerId, Level> {
+        Consensus::levels_known(self)
     }
 
     fn role(&self) -> Role {

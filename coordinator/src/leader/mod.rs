@@ -1,7 +1,7 @@
 //! What a coordinator does while it leads.
 //!
 //! Every coordinator runs [`Leader`]; it does nothing until consensus says that this one leads, and everything it knows
-//! ends with the term. Three duties, each a pure function of `cresset-core` with a shell around it: judge workers that
+//! ends with the term. Its duties, each a pure function of `cresset-core` with a shell around it: judge workers that
 //! fell silent ([`liveness`]), keep the replicas where they should be ([`placement`]), and tell
 //! workers what to run ([`sessions`]). It owns no truth: whatever it decides is a command, and the state may say no.
 //!
@@ -16,6 +16,7 @@ use std::{collections::BTreeSet, time::Duration};
 use cresset_core::{
     CommandBody, Outcome, WorkerId,
     command::Cause,
+    level::{self, LEVEL_REMOVE_WORKER},
     liveness::{self, Doubt, Liveness, Verdict},
     placement,
     state::{Incarnation, WorkerState},
@@ -155,6 +156,7 @@ enum Done {
     Probed { worker: WorkerId, incarnation: Incarnation, answered: bool },
     Judged,
     Placed { changed: bool },
+    Raised,
 }
 
 /// One term of leading.
@@ -171,6 +173,8 @@ struct Term<'a, C> {
     placing: bool,
     /// No plan before this: the last one failed.
     place_after: Instant,
+    /// A higher feature level is on its way.
+    raising: bool,
     /// Lives whose replicas move, as of the last plan.
     abandoned: BTreeSet<(WorkerId, Incarnation)>,
 }
@@ -187,6 +191,7 @@ impl<'a, C: Cluster> Term<'a, C> {
             short: false,
             placing: false,
             place_after: Instant::now(),
+            raising: false,
             abandoned: BTreeSet::new(),
         }
     }
@@ -233,6 +238,7 @@ impl<'a, C: Cluster> Term<'a, C> {
         }
         self.act(verdicts);
         self.doubt();
+        self.raise_level();
         let abandoned = self.leader.fleet.abandoned();
         if abandoned != self.abandoned {
             let workers: Vec<&str> = abandoned.iter().map(|(worker, _)| worker.as_str()).collect();
@@ -240,6 +246,27 @@ impl<'a, C: Cluster> Term<'a, C> {
             self.abandoned = abandoned;
             self.plan_due = true;
         }
+    }
+
+    /// Raises the feature level, once every coordinator is known to know a higher one.
+    fn raise_level(&mut self) {
+        if self.raising {
+            return;
+        }
+        let known = self.leader.cluster.levels_known();
+        let Some(level) = self.leader.cluster.read(|state| level::to_raise(state, &known)) else { return };
+        self.raising = true;
+        let cluster = self.leader.cluster.clone();
+        let limit = Duration::from_millis(self.leader.settings.proposal_timeout_ms);
+        self.tasks.spawn(async move {
+            match timeout(limit, cluster.propose(CommandBody::RaiseLevel { level })).await {
+                Ok(Ok(outcome)) => tracing::info!(level, ?outcome, "every coordinator knows it: raised the feature level"),
+                // It is repeated at the next tick.
+                Ok(Err(error)) => tracing::debug!(level, %error, "a higher feature level wasn't agreed on"),
+                Err(_) => tracing::debug!(level, "a higher feature level wasn't agreed on in time"),
+            }
+            Done::Raised
+        });
     }
 
     /// Brings what is known of doubts up to date.
@@ -290,6 +317,7 @@ impl<'a, C: Cluster> Term<'a, C> {
                 self.act(verdicts);
             }
             Ok(Done::Judged) => {}
+            Ok(Done::Raised) => self.raising = false,
             Ok(Done::Placed { changed }) => {
                 self.placing = false;
                 self.plan_due = true;
@@ -299,7 +327,7 @@ impl<'a, C: Cluster> Term<'a, C> {
             }
             Err(error) => {
                 tracing::error!(%error, "a duty's task ended by itself");
-                self.placing = false;
+                (self.placing, self.raising) = (false, false);
             }
         }
     }
@@ -329,7 +357,8 @@ impl<'a, C: Cluster> Term<'a, C> {
         let limit = Duration::from_millis(self.leader.settings.proposal_timeout_ms);
         let has_left = cluster.read(|state| {
             let is_draining = state.workers.get(&worker).is_some_and(|known| known.state == WorkerState::Draining);
-            is_draining && state.replicas_on(&worker).next().is_none()
+            // Until every coordinator can read that it left, it is dead like any other.
+            is_draining && state.level >= LEVEL_REMOVE_WORKER && state.replicas_on(&worker).next().is_none()
         });
         self.tasks.spawn(async move {
             if has_left {

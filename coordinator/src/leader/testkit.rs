@@ -1,12 +1,16 @@
 //! A cluster that agrees with itself at once, and workers that are streams.
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 use cresset_core::{
     ClusterState, Command, CommandBody, CommandId, Outcome, PeerId, WorkerId, apply,
     command::DeploySpec,
+    level::{LEVEL_FIRST, LEVEL_KNOWN, Level},
     state::{Epoch, PeerInfo},
 };
 use cresset_proto::fleet::v1::{
@@ -32,18 +36,20 @@ struct Inner {
     epoch: watch::Sender<Epoch>,
     role: watch::Sender<Role>,
     deaf: AtomicBool,
+    levels_known: Mutex<BTreeMap<PeerId, Level>>,
 }
 
 impl Fake {
     /// The only coordinator, leading.
     pub(super) fn leading() -> Self {
         Self(Arc::new(Inner {
-            state: Mutex::new(ClusterState::new("test")),
+            state: Mutex::new(ClusterState { level: LEVEL_KNOWN, ..ClusterState::new("test") }),
             log: Mutex::default(),
             applied: watch::Sender::new(0),
             epoch: watch::Sender::new(0),
             role: watch::Sender::new(Role { term: 1, leads: true, leader: Some(PeerId(1)) }),
             deaf: AtomicBool::new(false),
+            levels_known: Mutex::default(),
         }))
     }
 
@@ -83,6 +89,18 @@ impl Fake {
 
     pub(super) fn lead_again(&self) {
         self.0.role.send_modify(|role| *role = Role { term: role.term + 1, leads: true, leader: Some(PeerId(1)) });
+    }
+
+    /// A coordinator says what it knows.
+    pub(super) fn knows(&self, peer: u64, level: Level) {
+        self.0.levels_known.lock().insert(PeerId(peer), level);
+    }
+
+    /// As a cluster of these coordinators is before its level was ever raised.
+    pub(super) fn begins_with(&self, voters: &[u64]) {
+        let mut state = self.0.state.lock();
+        state.level = LEVEL_FIRST;
+        state.members.voters = voters.iter().copied().map(PeerId).collect();
     }
 
     /// Whether proposals fail.
@@ -128,6 +146,10 @@ impl Cluster for Fake {
 
     fn read<R>(&self, view: impl FnOnce(&ClusterState) -> R) -> R {
         view(&self.0.state.lock())
+    }
+
+    fn levels_known(&self) -> BTreeMap<PeerId, Level> {
+        self.0.levels_known.lock().clone()
     }
 
     fn role(&self) -> Role {

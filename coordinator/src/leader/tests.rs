@@ -3,6 +3,7 @@ use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
 use cresset_core::{
     CommandBody,
     command::Cause,
+    level::{LEVEL_FIRST, LEVEL_KNOWN},
     opinions::Opinion,
     standing::Standing,
     state::{ReplicaState as Replica, WorkerState},
@@ -273,6 +274,29 @@ async fn what_a_worker_has_that_all_routers_leave_alone_moves_though_it_beats() 
     assert_eq!(standing(&coordinator, "w1"), Standing::Suspect);
     tokio::time::sleep(Duration::from_secs(4)).await;
     assert_eq!((standing(&coordinator, "w1"), coordinator.cluster.hosts("m")), (Standing::Ready, vec!["w2".into()]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_level_is_raised_once_by_a_leader_that_hears_it_of_everybody() {
+    let coordinator = Coordinator::start();
+    let raised = || {
+        let log = coordinator.cluster.log();
+        log.into_iter().filter(|body| matches!(body, CommandBody::RaiseLevel { .. })).collect::<Vec<_>>()
+    };
+    coordinator.cluster.begins_with(&[1, 2, 3]);
+    coordinator.cluster.knows(1, LEVEL_KNOWN);
+    coordinator.cluster.knows(2, LEVEL_KNOWN);
+    coordinator.cluster.knows(3, LEVEL_FIRST);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(raised(), []);
+    // What isn't agreed on is tried again.
+    coordinator.cluster.set_deaf(true);
+    coordinator.cluster.knows(3, LEVEL_KNOWN);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    coordinator.cluster.set_deaf(false);
+    coordinator.cluster.until(|state| state.level == LEVEL_KNOWN).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(raised(), [CommandBody::RaiseLevel { level: LEVEL_KNOWN }]);
 }
 
 #[tokio::test(start_paused = true)]

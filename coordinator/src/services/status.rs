@@ -147,6 +147,7 @@ impl Context {
             models: models.collect(),
             answered_by: self.id.to_string(),
             current,
+            level: state.level.into(),
         }
     }
 
@@ -165,6 +166,7 @@ impl Context {
             term: raft.term,
             commit_index: raft.commit,
             applied_index: raft.applied,
+            level_known: self.consensus.level_known().into(),
         }
     }
 

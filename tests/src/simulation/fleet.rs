@@ -2,9 +2,10 @@
 use std::collections::BTreeMap;
 
 use cresset_core::{
-    Command, CommandBody, CommandId, WorkerId,
+    Command, CommandBody, CommandId, PeerId, WorkerId,
     apply::is_news,
     command::{Cause, Registration, ReplicaReport},
+    level::{self, LEVEL_KNOWN, Level},
     liveness::{Liveness, Policy, Verdict},
     placement::{self, plan},
     routes::{Assignment, assignments},
@@ -197,6 +198,9 @@ impl World {
         let rate_permille = self.peers.get(&id).map_or(1_000, |peer| peer.rate_permille);
         self.after(DUTY * 1_000 / rate_permille, Event::Duty { peer: id, life });
         let now = self.now;
+        // Who lives says what it knows. All are of this version.
+        let alive = self.peers.iter().filter(|(_, peer)| peer.node.is_some());
+        let known: BTreeMap<PeerId, Level> = alive.map(|(id, _)| (PeerId(*id), LEVEL_KNOWN)).collect();
         let Some(peer) = self.peers.get_mut(&id) else { return };
         let Some(node) = &peer.node else { return };
         self.checks.look(id, &node.machine().state);
@@ -220,11 +224,15 @@ impl World {
         let verdicts = duties.liveness.tick(clock_ms);
         let is_placing =
             duties.placing.is_some_and(|(command, until_ms)| state.remembered.get(&command).is_none() && clock_ms < until_ms);
+        let raise = level::to_raise(state, &known);
         let plan = (!is_placing).then(|| plan(state, &placement::Policy::default(), &BTreeMap::new()));
         for verdict in verdicts {
             if let Verdict::Dead { worker, incarnation, cause } = verdict {
                 self.propose(id, CommandBody::MarkDead { worker, incarnation, cause });
             }
+        }
+        if let Some(level) = raise {
+            self.propose(id, CommandBody::RaiseLevel { level });
         }
         if let Some(plan) = plan.filter(|plan| !plan.is_empty()) {
             let command = self.propose(id, plan.into_command());

@@ -35,6 +35,8 @@ pub struct Report {
     pub answered_by: String,
     /// Whether nothing newer had been agreed on, as the leader confirmed. False while there is no leader.
     pub current: bool,
+    /// The feature level that is in force; 0 if a version before there were levels answered.
+    pub level: u32,
     pub coordinators: Vec<Coordinator>,
     pub workers: Vec<Worker>,
     pub models: Vec<Model>,
@@ -50,6 +52,8 @@ pub struct Coordinator {
     /// Committed, as far as this coordinator knows.
     pub log_index: u64,
     pub applied_index: u64,
+    /// The highest feature level that it knows; 0 if it didn't say.
+    pub level_known: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -149,6 +153,7 @@ impl From<StatusResponse> for Report {
             epoch: status.epoch,
             answered_by: status.answered_by,
             current: status.current,
+            level: status.level,
             coordinators: status.coordinators.into_iter().map(Coordinator::from).collect(),
             workers: status.workers.into_iter().map(Worker::from).collect(),
             models: status.models.into_iter().map(Model::from).collect(),
@@ -182,6 +187,7 @@ impl From<admin::Coordinator> for Coordinator {
             term: coordinator.term,
             log_index: coordinator.commit_index,
             applied_index: coordinator.applied_index,
+            level_known: coordinator.level_known,
         }
     }
 }
@@ -345,7 +351,7 @@ async fn status(cluster: &Cluster, allow_stale: bool) -> Result<StatusResponse, 
 /// The report for people.
 fn tables(report: &Report) -> String {
     let leader = report.leader().map_or("no leader".to_owned(), |leader| format!("leader {} (term {})", leader.id, leader.term));
-    let mut text = format!("cluster {}, epoch {}, {leader}\n\n", report.cluster_id, report.epoch);
+    let mut text = format!("cluster {}, epoch {}, {leader}{}\n\n", report.cluster_id, report.epoch, level_words(report));
     let coordinator =
         |c: &Coordinator| vec![c.id.clone(), c.address.clone(), c.role.to_owned(), c.term.to_string(), c.log_index.to_string()];
     let rows = report.coordinators.iter().map(coordinator).collect();
@@ -388,6 +394,19 @@ fn tables(report: &Report) -> String {
     text
 }
 
+/// The feature level in force, and while an upgrade isn't finished, who holds it up.
+fn level_words(report: &Report) -> String {
+    if report.level == 0 {
+        return String::new();
+    }
+    let highest = report.coordinators.iter().map(|c| c.level_known).max().unwrap_or_default();
+    let behind: Vec<&str> = report.coordinators.iter().filter(|c| c.level_known < highest).map(|c| c.id.as_str()).collect();
+    if highest <= report.level || behind.is_empty() {
+        return format!(", feature level {}", report.level);
+    }
+    format!(", feature level {} (of {highest}: not known to be known by {})", report.level, behind.join(", "))
+}
+
 /// `vad/1 ready`, with the shard where it isn't the first.
 pub fn replica_words(replica: &Replica) -> String {
     let shard = if replica.shard == 0 { String::new() } else { format!(" shard {}", replica.shard) };
@@ -409,6 +428,7 @@ pub mod tests {
             term: 3,
             commit_index: 41,
             applied_index: 40,
+            level_known: if id == "c1" { 0 } else { 2 },
         };
         let replica = |model: &str, state: ReplicaState, reason: &str| ObservedReplica {
             model: model.to_owned(),
@@ -449,6 +469,7 @@ pub mod tests {
             epoch: 12,
             answered_by: "c2".to_owned(),
             current: true,
+            level: 1,
             coordinators: vec![
                 coordinator("c10", CoordinatorRole::Candidate),
                 coordinator("c2", CoordinatorRole::Leader),
@@ -476,6 +497,8 @@ pub mod tests {
     fn the_json_shape_is_the_contract() {
         let json = serde_json::to_value(Report::from(example())).unwrap();
         assert_eq!(json["current"], true);
+        assert_eq!(json["level"], 1);
+        assert_eq!(json["coordinators"][1]["level_known"], 2);
         assert_eq!(json["coordinators"][0]["id"], "c1");
         assert_eq!(json["coordinators"][0]["role"], "unreachable");
         assert_eq!(json["coordinators"][1]["role"], "leader");
@@ -505,7 +528,7 @@ pub mod tests {
     fn the_tables_say_who_leads_and_why_something_failed() {
         let text = tables(&Report::from(example()));
         for part in [
-            "cluster local-0123abcd, epoch 12, leader c2 (term 3)",
+            "cluster local-0123abcd, epoch 12, leader c2 (term 3), feature level 1 (of 2: not known to be known by c1)",
             "c1           127.0.0.1:8011   unreachable  3     41",
             "3.0 GiB of 4.0 GiB",
             "vad/1 ready, broken/1 failed",

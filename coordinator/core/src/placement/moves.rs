@@ -73,7 +73,7 @@ impl<'a> Planner<'a> {
 
     /// Whether what is on a worker should be elsewhere, since it is left alone.
     fn is_abandoned(&self, worker: &WorkerId) -> bool {
-        self.loads.get(worker).is_some_and(|load| load.is_abandoned)
+        self.may_move && self.loads.get(worker).is_some_and(|load| load.is_abandoned)
     }
 
     /// Whether a replica had better be elsewhere.
@@ -83,7 +83,7 @@ impl<'a> Planner<'a> {
 
     /// Whether a replica is where its deployment doesn't want it any more.
     pub(super) fn is_misplaced(&self, deployment: &Deployment, worker: &WorkerId) -> bool {
-        self.loads.get(worker).is_some_and(|load| !deployment.demands.are_met_by(worker, load.worker))
+        self.may_move && self.loads.get(worker).is_some_and(|load| !deployment.demands.are_met_by(worker, load.worker))
     }
 
     /// Moves a replica, if it can be and there is a place for it.

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use cresset_core::{
     PeerId,
+    level::{Level, LevelTooLow},
     members::{MemberChange, Members},
 };
 use protobuf::Message as _;
@@ -77,6 +78,21 @@ pub enum Refusal {
         peer: u64,
         /// What is free.
         free_mib: u64,
+    },
+    /// Not every coordinator is known to understand it.
+    #[error(transparent)]
+    Level(#[from] LevelTooLow),
+    /// As a voter it would hold up every decision, since it can't read them.
+    #[error(
+        "c{peer} knows feature levels up to {known}, and {level} is in force: it can't read what is agreed on; install the version of Cresset on it that the other coordinators run"
+    )]
+    Outdated {
+        /// Who.
+        peer: u64,
+        /// What it knows.
+        known: Level,
+        /// What is in force.
+        level: Level,
     },
     /// Only voters lead.
     #[error("c{peer} isn't a voter, so it can't lead; `cresset member list` shows who is")]
