@@ -151,6 +151,10 @@ fn what_needs_more_than_is_in_force_is_refused_with_the_way_out() {
         "removing a worker needs feature level 2, and 1 is in force, since not every coordinator is known to know 2; finish the \
          upgrade: `cresset status` shows who holds it up"
     );
+    let mut set = versions("m", &[1], false);
+    assert_eq!(CommandBody::DeploySet(set.clone()).needs().met_by(1), Ok(()));
+    set.versions[0].claim.priority = 1;
+    assert!(CommandBody::DeploySet(set).needs().met_by(1).is_err(), "a reader of before would take no notice of its priority");
     assert_eq!(CommandBody::RaiseLevel { level: 7 }.needs().met_by(1), Ok(()));
     assert_eq!(CommandBody::Undeploy { name: "m".into() }.needs().met_by(1), Ok(()));
 }
