@@ -5,6 +5,7 @@
 //! | [`consensus`] | the only place that knows Raft: an ordered, durable log of commands, and the state after it |
 //! | [`leader`] | duties while leading: judge workers, place replicas, tell workers what to run |
 //! | [`gateway`] | predictions for clients of any language: the router of `cresset-client`, fed from the state here |
+//! | [`tables`] | the route table of the newest epoch, built once for all who want it |
 //! | [`store`] | files of models that no repository holds, by SHA-256 |
 //! | [`services`] | gRPC: decode, ask a handle, encode |
 //!
@@ -19,6 +20,7 @@ pub mod metrics;
 pub mod recovery;
 pub mod services;
 pub mod store;
+pub mod tables;
 
 use std::{sync::Arc, time::Duration};
 
@@ -98,12 +100,13 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     };
     tasks.spawn(closing.clone().run_until_cancelled_owned(announce(consensus.clone(), config.id, info)));
 
-    let router = gateway::router(&consensus, config.router(), &tasks, &closing);
+    let tables = tables::follow(&consensus, &tasks, &closing);
+    let router = gateway::router(tables.clone(), config.router(), &tasks, &closing);
     let others = others(&consensus, &config);
     let store = Store::open(&config.data_dir.join("files"), &config.cluster_id, others).map_err(Error::Store)?;
     tasks.spawn(store.clone().follow(consensus.clone(), closing.clone()));
     let repository = Repository::new(&config.model_repository).remembering_digests();
-    let context = Arc::new(Context::new(config.id, consensus.clone(), fleet, repository, store.clone(), closing.clone()));
+    let context = Arc::new(Context::new(config.id, consensus.clone(), fleet, tables, repository, store.clone(), closing.clone()));
     let public = services::routes(&context, &router, server::lanes(config.grpc_threads, 1), config.message_bytes_max);
     tasks.spawn(closing.clone().run_until_cancelled_owned(Arc::clone(&context).report(router.clone())));
     let (public, public_health) = server::with_health_and_reflection(public, DESCRIPTORS).await?;

@@ -28,6 +28,7 @@ use crate::{
     consensus::{Consensus, ProposeError},
     leader::Fleet,
     store::Store,
+    tables::Tables,
 };
 
 /// How long an administrative call without a deadline of its own may take.
@@ -40,6 +41,7 @@ pub struct Context {
     id: PeerId,
     consensus: Consensus,
     fleet: Fleet,
+    tables: Tables,
     repository: Repository,
     store: Store,
     peers: status::Peers,
@@ -52,11 +54,12 @@ impl Context {
         id: PeerId,
         consensus: Consensus,
         fleet: Fleet,
+        tables: Tables,
         repository: Repository,
         store: Store,
         closing: CancellationToken,
     ) -> Self {
-        Self { id, consensus, fleet, repository, store, peers: status::Peers::default(), closing }
+        Self { id, consensus, fleet, tables, repository, store, peers: status::Peers::default(), closing }
     }
 
     /// Reads a model where it may take its time: one version, or those that its version policy chooses.

@@ -32,8 +32,10 @@ pub const PEERS_MAX: usize = 32;
 pub const VOTERS_MAX: usize = 9;
 /// Most workers that are remembered; the longest dead give way.
 pub const WORKERS_MAX: usize = 1_000;
-/// Most models that can be deployed, each version counted.
-pub const MODELS_MAX: usize = 1_000;
+/// Most models that can be deployed, each version counted; see [`crate::level::models_max`].
+pub const MODELS_MAX: usize = 20_000;
+/// As [`MODELS_MAX`], at the first feature level.
+pub const MODELS_MAX_FIRST: usize = 1_000;
 /// Most versions that one command deploys.
 pub const VERSIONS_MAX: usize = 64;
 /// Most labels of a model.

@@ -10,7 +10,10 @@
 //! version that doesn't know it says so by name, rather than to guess. What was written before there were levels has a 1 there.
 use std::{collections::BTreeMap, fmt};
 
-use crate::{ClusterState, CommandBody, PeerId};
+use crate::{
+    ClusterState, CommandBody, PeerId,
+    command::{MODELS_MAX, MODELS_MAX_FIRST},
+};
 
 /// A feature level.
 pub type Level = u8;
@@ -25,6 +28,8 @@ pub const LEVEL_REMOVE_WORKER: Level = 2;
 pub const LEVEL_REARRANGE: Level = 2;
 /// The level from which on deployments have priorities, and make room for one another.
 pub const LEVEL_CLAIMS: Level = 2;
+/// The level from which on there may be [`MODELS_MAX`] models.
+pub const LEVEL_MODELS: Level = 2;
 
 /// What has to be in force for a command to be proposed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +70,12 @@ impl fmt::Display for LevelTooLow {
              finish the upgrade: `cresset status` shows who holds it up"
         )
     }
+}
+
+/// Most models that can be deployed, each version counted. Every coordinator has to come to the same answer, so it grows with the
+/// level.
+pub fn models_max(in_force: Level) -> usize {
+    if in_force >= LEVEL_MODELS { MODELS_MAX } else { MODELS_MAX_FIRST }
 }
 
 impl CommandBody {

@@ -62,6 +62,8 @@ pub struct Seen {
     pub avoided: BTreeSet<WorkerId>,
     /// Those of them whose replicas are to move.
     pub abandoned: BTreeSet<WorkerId>,
+    /// Workers came or went a moment ago: what is uneven stays so, since it may not be for long.
+    pub restless: bool,
 }
 
 /// Moves to propose, and what can't be done.
@@ -188,7 +190,7 @@ impl Site<'_> {
 
     /// Whether a replica that is there, and was to stay, does by this plan.
     fn keeps(&self, worker: &WorkerId) -> bool {
-        ![&self.ended, &self.relieved, &self.evicted].iter().any(|gone| gone.iter().any(|host| *host == worker))
+        ![&self.ended, &self.relieved, &self.evicted].iter().any(|gone| gone.contains(&worker))
     }
 
     fn wanted(&self) -> usize {
@@ -206,6 +208,8 @@ struct Planner<'a> {
     /// Whether every coordinator can read that replicas which answer are to move. What was begun goes on in any case: it is in
     /// the state.
     may_move: bool,
+    /// Whether replicas may move for nothing but evenness.
+    may_even_out: bool,
     /// How often room may yet be made in this plan.
     searches_left: usize,
 }
@@ -232,8 +236,9 @@ impl<'a> Planner<'a> {
         let sites = shards.map(site).collect();
         loads.rank();
         let may_move = state.level >= LEVEL_REARRANGE;
+        let may_even_out = may_move && !seen.restless;
         let searches_left = if state.level >= LEVEL_CLAIMS { evict::SEARCHES_MAX } else { 0 };
-        Self { policy, loads, sites, unplaced: Vec::new(), epoch: state.epoch, may_move, searches_left }
+        Self { policy, loads, sites, unplaced: Vec::new(), epoch: state.epoch, may_move, may_even_out, searches_left }
     }
 
     /// The plan, and how many workers were looked at for it.

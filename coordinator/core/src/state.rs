@@ -100,6 +100,27 @@ impl ClusterState {
         }
     }
 
+    /// A copy that remembers no answers, which would be most of it in a cluster of usual size. Nothing may be applied to it.
+    #[must_use]
+    pub fn without_answers(&self) -> Self {
+        Self {
+            cluster_id: self.cluster_id.clone(),
+            level: self.level,
+            epoch: self.epoch,
+            generation_last: self.generation_last,
+            peers: self.peers.clone(),
+            members: self.members.clone(),
+            founders: self.founders.clone(),
+            origin: self.origin.clone(),
+            peer_removed_last: self.peer_removed_last,
+            workers: self.workers.clone(),
+            models: self.models.clone(),
+            labels: self.labels.clone(),
+            replicas: self.replicas.clone(),
+            remembered: Remembered::default(),
+        }
+    }
+
     /// The deployed versions of the model called `name`, ascending, those that leave included.
     pub fn versions<'a, 'n>(&'a self, name: &'n str) -> impl Iterator<Item = (&'a ModelKey, &'a Deployment)> + use<'a, 'n> {
         let first = ModelKey { name: name.to_owned(), version: 0 };

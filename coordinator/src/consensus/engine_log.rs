@@ -4,6 +4,7 @@
 //! the same atomic write as its entries. What lies outside that range is void, whatever the engine still has of it.
 use std::{
     fs::{self, File, TryLockError},
+    io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
@@ -11,6 +12,7 @@ use std::{
 use protobuf::Message as _;
 use raft::eraftpb::{Entry, HardState, Snapshot};
 use raft_engine::{Command, Config, Engine, LogBatch, MessageExt, ReadableSize, RecoveryMode};
+use tracing::warn;
 
 use super::{
     identity::{Identity, Watermark, io_error},
@@ -117,7 +119,9 @@ impl EngineLog {
             enable_log_recycle: false,
             ..Config::default()
         };
+        let tail = Tail::of(Path::new(log_dir)).map_err(|error| io_error(dir, "read the end of its log", error))?;
         let engine = Engine::open(config).map_err(|error| engine_error(dir, "open the log", &error))?;
+        tail.iter().for_each(Tail::tell_if_torn);
         let dir = dir.to_owned();
         Ok(Self { engine, identity, dir, state: State::default(), unrecorded_entries: 0, _lock: lock })
     }
@@ -296,6 +300,39 @@ impl EngineLog {
     }
 }
 
+/// How far the newest file of a log is written.
+struct Tail {
+    path: PathBuf,
+    bytes: u64,
+}
+
+impl Tail {
+    /// `None` for a log without files. A file may end in room that was taken for later, which holds zeros.
+    fn of(log_dir: &Path) -> io::Result<Option<Self>> {
+        let entries = match fs::read_dir(log_dir) {
+            Ok(entries) => entries.collect::<Result<Vec<_>, _>>()?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let files = entries.into_iter().map(|entry| entry.path());
+        // Their names are numbers with leading zeros.
+        let Some(path) = files.filter(|path| path.extension().is_some_and(|kind| kind == "raftlog")).max() else {
+            return Ok(None);
+        };
+        let written = fs::read(&path)?.iter().rposition(|byte| *byte != 0);
+        Ok(Some(Self { bytes: written.map_or(0, |last| last as u64 + 1), path }))
+    }
+
+    /// The engine has opened the log and has cut off what wasn't whole. Whether too much is gone, the watermark tells.
+    fn tell_if_torn(&self) {
+        let kept = fs::metadata(&self.path).map_or(self.bytes, |metadata| metadata.len());
+        if kept < self.bytes {
+            let (file, cut_bytes) = (self.path.display(), self.bytes - kept);
+            warn!(%file, kept_bytes = kept, cut_bytes, "the log's last write was cut short; what is left of it is left out");
+        }
+    }
+}
+
 /// Takes the folder for this process; the system gives it back when the process ends, however it ends.
 fn lock(dir: &Path) -> Result<File, LogError> {
     let file = File::create(dir.join("lock")).map_err(|error| io_error(dir, "create its lock file", error))?;
@@ -309,7 +346,7 @@ fn lock(dir: &Path) -> Result<File, LogError> {
 fn holds_files(dir: &Path) -> Result<bool, LogError> {
     match fs::read_dir(dir) {
         Ok(mut files) => Ok(files.next().is_some()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(io_error(dir, "list its log folder", error)),
     }
 }

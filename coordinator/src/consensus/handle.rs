@@ -237,9 +237,15 @@ impl Consensus {
     }
 
     /// The state, as far as it is applied here. Hold the guard for a moment only, and never across an `await`: while it is
-    /// held, nothing is applied.
+    /// held, nothing is applied, and this coordinator's part in the agreement stands still.
     pub fn state(&self) -> RwLockReadGuard<'_, ClusterState> {
         self.inner.shared.state().read()
+    }
+
+    /// A copy of the state, as far as it is applied here, without the answers to past commands: to be looked at for as long as it
+    /// takes, while commands are applied.
+    pub fn view(&self) -> ClusterState {
+        self.state().without_answers()
     }
 
     /// How far the state has come.

@@ -37,8 +37,11 @@ pub trait Cluster: Clone + Send + Sync + 'static {
     /// Returns once the state here holds everything that was agreed on before the call.
     fn catch_up(&self) -> impl Future<Output = Result<(), Self::ReadError>> + Send;
 
-    /// Looks at the state as it was applied here. The view must be quick: nothing is applied meanwhile.
-    fn read<R>(&self, view: impl FnOnce(&ClusterState) -> R) -> R;
+    /// Looks at the state as it was applied here. It must be quick: nothing is applied meanwhile.
+    fn read<R>(&self, look: impl FnOnce(&ClusterState) -> R) -> R;
+
+    /// A copy of the state as it was applied here, without the answers to past commands: to be looked at for as long as it takes.
+    fn view(&self) -> ClusterState;
 
     /// The highest feature level that each coordinator says that it knows, of those that are connected with this one; and of
     /// itself.
@@ -75,8 +78,12 @@ impl Cluster for Consensus {
         self.read_barrier(Instant::now() + CATCH_UP).await.map(|_| ())
     }
 
-    fn read<R>(&self, view: impl FnOnce(&ClusterState) -> R) -> R {
-        view(&self.state())
+    fn read<R>(&self, look: impl FnOnce(&ClusterState) -> R) -> R {
+        look(&self.state())
+    }
+
+    fn view(&self) -> ClusterState {
+        Consensus::view(self)
     }
 
     fn levels_known(&self) -> BTreeMap<PeerId, Level> {

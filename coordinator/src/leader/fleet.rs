@@ -21,6 +21,10 @@ use cresset_proto::fleet::v1 as fleet;
 use parking_lot::RwLock;
 use tokio::time::Instant;
 
+/// How long after a worker came or went no replicas move for nothing but evenness, in ms: one that comes back soon, or goes again,
+/// would have them moved for nothing.
+pub(super) const RESTLESS_MS: u64 = 30_000;
+
 /// The newest heartbeat of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Beat {
@@ -89,6 +93,8 @@ struct Tables {
     sessions: BTreeMap<WorkerId, u64>,
     /// The lives that the leader doubts. Empty unless this coordinator leads.
     doubts: Doubts,
+    /// When a worker last came or went.
+    changed_ms: u64,
 }
 
 /// Lives that aren't trusted with anything new, and why.
@@ -123,6 +129,7 @@ impl Fleet {
         let abandoned = self.abandoned().into_iter().filter(|(id, incarnation)| is_current(id, *incarnation));
         seen.abandoned = abandoned.map(|(id, _)| id).collect();
         seen.avoided.extend(seen.abandoned.iter().cloned());
+        seen.restless = self.is_restless();
         placement::plan_seeing(state, &self.0.policy, &seen)
     }
 
@@ -162,6 +169,11 @@ impl Fleet {
         self.0.opinions.read().abandoned(self.0.clock.now_ms())
     }
 
+    /// Whether workers came or went a moment ago.
+    pub(super) fn is_restless(&self) -> bool {
+        self.0.clock.now_ms().saturating_sub(self.0.tables.read().changed_ms) < RESTLESS_MS
+    }
+
     /// How many workers have a stream here.
     pub fn sessions(&self) -> usize {
         self.0.tables.read().sessions.len()
@@ -170,7 +182,9 @@ impl Fleet {
     /// A new stream speaks for the worker. Returns the stream's number.
     pub(super) fn enter(&self, worker: &WorkerId) -> u64 {
         let session = self.0.session_last.fetch_add(1, Ordering::Relaxed) + 1;
-        self.0.tables.write().sessions.insert(worker.clone(), session);
+        let mut tables = self.0.tables.write();
+        tables.sessions.insert(worker.clone(), session);
+        tables.changed_ms = self.0.clock.now_ms();
         session
     }
 
@@ -186,6 +200,7 @@ impl Fleet {
         if spoke {
             tables.sessions.remove(worker);
             tables.beats.remove(worker);
+            tables.changed_ms = self.0.clock.now_ms();
         }
         spoke
     }

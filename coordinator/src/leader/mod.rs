@@ -8,6 +8,7 @@
 //! Absent: anything on the path of a prediction. With no leader at all, workers and routers go on as they are.
 pub mod cluster;
 pub mod fleet;
+mod intents;
 pub mod probe;
 pub mod sessions;
 
@@ -18,14 +19,14 @@ use cresset_core::{
     command::Cause,
     level::{self, LEVEL_REMOVE_WORKER},
     liveness::{self, Doubt, Liveness, Verdict},
-    placement,
+    placement::{self, Plan},
     state::{Incarnation, WorkerState},
 };
 use futures::StreamExt;
 use tokio::{
     sync::mpsc,
     task::JoinSet,
-    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -39,12 +40,12 @@ use crate::metrics;
 
 /// Events that may wait for the leader's task; more, and the sessions wait.
 const EVENTS_MAX: usize = 1_024;
+/// Between the beginnings of two plans: what changes together is planned together.
+const PLAN_PAUSE: Duration = Duration::from_millis(5);
 /// Moves in one command; the rest of a plan follows when it is applied.
 const MOVES_PER_COMMAND_MAX: usize = 1_000;
-/// A plan that takes longer is followed by a pause, in which what happens is gathered for the next one.
-const PLAN_QUICK: Duration = Duration::from_millis(5);
-/// From one plan to the next, as a multiple of what the first one took.
-const PLAN_PAUSE: u32 = 4;
+/// From the end of a plan to the next one, as a multiple of what it took: planning takes half a core at most.
+const PLAN_PAUSES: u32 = 1;
 
 /// How the duties are done.
 #[derive(Debug, Clone)]
@@ -153,10 +154,30 @@ impl<C: Cluster> Leader<C> {
 
 /// What a task of a term came back with.
 enum Done {
-    Probed { worker: WorkerId, incarnation: Incarnation, answered: bool },
+    Probed {
+        worker: WorkerId,
+        incarnation: Incarnation,
+        answered: bool,
+    },
     Judged,
-    Placed { changed: bool },
+    /// `short`: replicas are missing that more memory could place.
+    Planned {
+        short: bool,
+        took: Duration,
+        then: Then,
+    },
     Raised,
+}
+
+/// What became of a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    /// There was nothing to do.
+    Nothing,
+    /// It is agreed on.
+    Placed,
+    /// It isn't.
+    Failed,
 }
 
 /// One term of leading.
@@ -171,10 +192,12 @@ struct Term<'a, C> {
     short: bool,
     /// A plan is on its way; the next is made from what it leads to.
     placing: bool,
-    /// No plan before this: the last one failed.
+    /// No plan before this: one has just begun, or failed.
     place_after: Instant,
     /// A higher feature level is on its way.
     raising: bool,
+    /// Whether workers came or went a moment ago, as of the last tick.
+    restless: bool,
     /// Lives whose replicas move, as of the last plan.
     abandoned: BTreeSet<(WorkerId, Incarnation)>,
 }
@@ -192,6 +215,7 @@ impl<'a, C: Cluster> Term<'a, C> {
             placing: false,
             place_after: Instant::now(),
             raising: false,
+            restless: true,
             abandoned: BTreeSet::new(),
         }
     }
@@ -225,6 +249,7 @@ impl<'a, C: Cluster> Term<'a, C> {
                 Some(event) = self.leader.events.recv() => self.on_event(event),
                 Some(done) = self.tasks.join_next(), if !self.tasks.is_empty() => self.on_done(done),
                 _ = ticks.tick() => self.tick(),
+                () = sleep_until(self.place_after), if self.plan_due && !self.placing => {}
             }
             self.place();
         }
@@ -239,6 +264,9 @@ impl<'a, C: Cluster> Term<'a, C> {
         self.act(verdicts);
         self.doubt();
         self.raise_level();
+        let restless = self.leader.fleet.is_restless();
+        self.plan_due |= self.restless && !restless;
+        self.restless = restless;
         let abandoned = self.leader.fleet.abandoned();
         if abandoned != self.abandoned {
             let workers: Vec<&str> = abandoned.iter().map(|(worker, _)| worker.as_str()).collect();
@@ -296,7 +324,7 @@ impl<'a, C: Cluster> Term<'a, C> {
             Event::Heartbeat { worker, incarnation, memory_changed } => {
                 let was_in_doubt = self.liveness.doubt(&worker, incarnation, now_ms).is_some();
                 self.liveness.heartbeat(&worker, incarnation, now_ms);
-                self.plan_due |= memory_changed && self.short;
+                self.plan_due |= memory_changed && (self.short || self.placing);
                 if was_in_doubt {
                     self.doubt();
                 }
@@ -318,10 +346,12 @@ impl<'a, C: Cluster> Term<'a, C> {
             }
             Ok(Done::Judged) => {}
             Ok(Done::Raised) => self.raising = false,
-            Ok(Done::Placed { changed }) => {
-                self.placing = false;
-                self.plan_due = true;
-                if !changed {
+            Ok(Done::Planned { short, took, then }) => {
+                (self.placing, self.short) = (false, short);
+                self.plan_due |= then != Then::Nothing;
+                // In a large cluster every report would cost a plan.
+                self.place_after = self.place_after.max(Instant::now() + took * PLAN_PAUSES);
+                if then == Then::Failed {
                     self.place_after = Instant::now() + Duration::from_millis(self.leader.settings.retry_ms);
                 }
             }
@@ -391,50 +421,47 @@ impl<'a, C: Cluster> Term<'a, C> {
         if !self.plan_due || self.placing || Instant::now() < self.place_after {
             return;
         }
-        self.plan_due = false;
-        let begun = Instant::now();
-        let mut plan = self.leader.cluster.read(|state| self.leader.fleet.plan(state));
-        let took = begun.elapsed();
-        if took > PLAN_QUICK {
-            // In a large cluster every report would cost a plan, and heartbeats would wait.
-            self.place_after = begun + took * PLAN_PAUSE;
-        }
-        self.short = !plan.unplaced.is_empty();
-        if plan.is_empty() {
-            return;
-        }
-        plan.truncate(MOVES_PER_COMMAND_MAX);
-        self.placing = true;
-        let cluster = self.leader.cluster.clone();
+        (self.plan_due, self.placing) = (false, true);
+        self.place_after = Instant::now() + PLAN_PAUSE;
+        let (cluster, fleet) = (self.leader.cluster.clone(), self.leader.fleet.clone());
         let limit = Duration::from_millis(self.leader.settings.proposal_timeout_ms);
         self.tasks.spawn(async move {
-            let (relieved, added, removed, epoch_seen) = (plan.relieve.len(), plan.add.len(), plan.remove.len(), plan.epoch);
-            let evicted = plan.evict.len();
-            let changed = match timeout(limit, cluster.propose(plan.into_command())).await {
-                Ok(Ok(Outcome::Rejected(reject))) => {
-                    tracing::info!(epoch_seen, %reject, "a plan came too late");
-                    false
-                }
-                Ok(Ok(_)) => {
-                    metrics::MOVES.with_label_values(&["add"]).inc_by(added as u64);
-                    metrics::MOVES.with_label_values(&["remove"]).inc_by(removed as u64);
-                    metrics::MOVES.with_label_values(&["relieve"]).inc_by(relieved as u64);
-                    metrics::MOVES.with_label_values(&["evict"]).inc_by(evicted as u64);
-                    tracing::info!(epoch_seen, relieved, added, removed, evicted, "placed replicas");
-                    true
-                }
-                Ok(Err(error)) => {
-                    tracing::warn!(epoch_seen, %error, "a plan wasn't agreed on");
-                    false
-                }
-                Err(_) => {
-                    tracing::warn!(epoch_seen, "a plan wasn't agreed on in time");
-                    false
-                }
+            // Of a large cluster it takes a while: heartbeats are heard meanwhile, and commands applied.
+            let view = cluster.view();
+            let planning = tokio::task::spawn_blocking(move || {
+                let begun = Instant::now();
+                (fleet.plan(&view), begun.elapsed())
+            });
+            let Ok((plan, took)) = planning.await else {
+                tracing::error!("planning ended by itself");
+                return Done::Planned { short: false, took: Duration::ZERO, then: Then::Failed };
             };
-            Done::Placed { changed }
+            let short = !plan.unplaced.is_empty();
+            let then = if plan.is_empty() { Then::Nothing } else { carry_out(&cluster, plan, limit).await };
+            Done::Planned { short, took, then }
         });
     }
+}
+
+/// Proposes what a plan asks for, or the first part of it.
+async fn carry_out<C: Cluster>(cluster: &C, mut plan: Plan, limit: Duration) -> Then {
+    plan.truncate(MOVES_PER_COMMAND_MAX);
+    let (relieved, added, removed, epoch_seen) = (plan.relieve.len(), plan.add.len(), plan.remove.len(), plan.epoch);
+    let evicted = plan.evict.len();
+    match timeout(limit, cluster.propose(plan.into_command())).await {
+        Ok(Ok(Outcome::Rejected(reject))) => tracing::info!(epoch_seen, %reject, "a plan came too late"),
+        Ok(Ok(_)) => {
+            metrics::MOVES.with_label_values(&["add"]).inc_by(added as u64);
+            metrics::MOVES.with_label_values(&["remove"]).inc_by(removed as u64);
+            metrics::MOVES.with_label_values(&["relieve"]).inc_by(relieved as u64);
+            metrics::MOVES.with_label_values(&["evict"]).inc_by(evicted as u64);
+            tracing::info!(epoch_seen, relieved, added, removed, evicted, "placed replicas");
+            return Then::Placed;
+        }
+        Ok(Err(error)) => tracing::warn!(epoch_seen, %error, "a plan wasn't agreed on"),
+        Err(_) => tracing::warn!(epoch_seen, "a plan wasn't agreed on in time"),
+    }
+    Then::Failed
 }
 
 #[cfg(test)]

@@ -144,8 +144,12 @@ impl Cluster for Fake {
         Ok(())
     }
 
-    fn read<R>(&self, view: impl FnOnce(&ClusterState) -> R) -> R {
-        view(&self.0.state.lock())
+    fn read<R>(&self, look: impl FnOnce(&ClusterState) -> R) -> R {
+        look(&self.0.state.lock())
+    }
+
+    fn view(&self) -> ClusterState {
+        self.0.state.lock().without_answers()
     }
 
     fn levels_known(&self) -> BTreeMap<PeerId, Level> {

@@ -18,6 +18,7 @@ use tonic::Code;
 
 use super::{
     Cluster,
+    fleet::RESTLESS_MS,
     testkit::{Coordinator, hosts, worker_id},
 };
 
@@ -45,6 +46,21 @@ async fn a_model_is_placed_loaded_and_moved_when_its_worker_is_killed() {
     assert!(since_ms(killed) < 50, "the stream broke and nobody answered: {} ms", since_ms(killed));
     assert_eq!(coordinator.probes.load(Ordering::Relaxed), 1);
     assert_eq!(cluster.hosts("m"), ["w2"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_came_gets_its_share_once_it_has_stayed_for_a_while() {
+    let coordinator = Coordinator::start();
+    let cluster = &coordinator.cluster;
+    let _w1 = coordinator.run_worker("w1", 1).await;
+    let names = ["a", "b", "c", "d"];
+    names.iter().for_each(|name| cluster.deploy(name, 1));
+    let hosts_of = |state: &cresset_core::ClusterState| names.iter().flat_map(|name| hosts(state, name)).collect::<Vec<_>>();
+    cluster.until(|state| hosts_of(state).len() == 4 && state.replicas.values().all(|r| r.state == Replica::Ready)).await;
+    let _w2 = coordinator.run_worker("w2", 1).await;
+    let came = Instant::now();
+    cluster.until(|state| hosts_of(state).iter().filter(|host| host.as_str() == "w2").count() == 2).await;
+    assert!((u128::from(RESTLESS_MS)..u128::from(RESTLESS_MS) + 500).contains(&since_ms(came)), "{} ms", since_ms(came));
 }
 
 #[tokio::test(start_paused = true)]

@@ -145,7 +145,7 @@ impl Context {
         for wanted in versions {
             loop {
                 let status = {
-                    let state = self.consensus.state();
+                    let state = self.consensus.view();
                     let mut all = models(&state, &self.fleet.plan(&state)).into_iter();
                     all.find(|model| model.key.name == name && model.key.version == wanted.version)
                 };

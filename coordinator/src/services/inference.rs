@@ -192,9 +192,8 @@ impl GrpcInferenceService for Inference {
         let index = tokio::task::spawn_blocking(move || repository.index()).await;
         let index = index.map_err(|error| Reason::Internal.status(error.to_string()))?;
         let index = index.map_err(|error| super::repository_status(&error))?;
-        let state = self.context.consensus.state();
+        let state = self.context.consensus.view();
         let deployed = models(&state, &self.context.fleet.plan(&state));
-        drop(state);
         let mut models: Vec<ModelIndex> = deployed
             .iter()
             .map(|model| {

@@ -9,7 +9,6 @@ use cresset_client::Router;
 use cresset_core::{
     WorkerId,
     opinions::{self, WORKERS_MAX},
-    routes::routes,
 };
 use cresset_proto::{
     fleet::v1::{
@@ -74,21 +73,11 @@ impl RoutesService for RouteWatch {
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let known = request.into_inner().epoch;
-        let context = Arc::clone(&self.context);
         // A caller that reads slowly skips tables: only the newest counts.
-        let changes = tokio_stream::wrappers::WatchStream::new(context.consensus.applied());
-        let closing = context.closing.clone().cancelled_owned();
-        let tables = changes
-            .scan(known, move |sent, applied| {
-                let newer = (applied.epoch > *sent).then(|| {
-                    let table = WatchResponse::from(&routes(&context.consensus.state()));
-                    *sent = table.epoch;
-                    Ok(table)
-                });
-                std::future::ready(Some(newer))
-            })
-            .filter_map(std::future::ready)
-            .take_until(closing);
+        let changes = tokio_stream::wrappers::WatchStream::new(self.context.tables.clone());
+        let closing = self.context.closing.clone().cancelled_owned();
+        let newer = move |table: Arc<WatchResponse>| (table.epoch > known).then(|| Ok(WatchResponse::clone(&table)));
+        let tables = changes.filter_map(move |table| std::future::ready(newer(table))).take_until(closing);
         Ok(Response::new(Box::pin(tables)))
     }
 

@@ -92,7 +92,7 @@ impl Context {
     async fn own_status(&self, current: bool) -> StatusResponse {
         let coordinators = self.roles().await;
         let beats = self.fleet.beats();
-        let state = self.consensus.state();
+        let state = self.consensus.view();
         let plan = self.fleet.plan(&state);
         let workers = state.workers.iter().map(|(id, worker)| {
             let beat = beats.get(id).copied();

@@ -11,9 +11,9 @@ use super::{advance, assigned, check, check_text, cut, next_generation, too_many
 use crate::{
     Outcome, Reject,
     command::{
-        CONFIG_BYTES_MAX, DeploySet, DeploySpec, LABELS_MAX, MODELS_MAX, REPLICAS_MAX, SHARDS_MAX, TEXT_BYTES_MAX, VERSIONS_MAX,
-        VersionSpec,
+        CONFIG_BYTES_MAX, DeploySet, DeploySpec, LABELS_MAX, REPLICAS_MAX, SHARDS_MAX, TEXT_BYTES_MAX, VERSIONS_MAX, VersionSpec,
     },
+    level,
     placement::Shard,
     state::{ClusterState, Deployment, Former, Generation, ModelKey, ReplicaId, ReplicaState},
 };
@@ -31,8 +31,9 @@ pub(super) fn deploy(state: &mut ClusterState, set: &DeploySet) -> Result<Outcom
     check_set(set)?;
     let key = |version| ModelKey { name: set.name.clone(), version };
     let new = set.versions.iter().filter(|spec| !state.models.contains_key(&key(spec.version))).count();
-    if state.models.len() + new > MODELS_MAX {
-        return Err(too_many("models", MODELS_MAX));
+    let models_max = level::models_max(state.level);
+    if state.models.len() + new > models_max {
+        return Err(too_many("models", models_max));
     }
     let versions: Vec<(u64, Generation)> =
         set.versions.iter().map(|spec| (spec.version, put(state, &key(spec.version), set, spec))).collect();

@@ -8,7 +8,7 @@ use crate::{
     demands::Demands,
     members::{MemberChange, Members},
     placement, snapshot,
-    state::PeerInfo,
+    state::{ModelKey, PeerInfo},
     testkit::{self, deploy, drain, mark_dead, place, ready, register, remove_worker, replica, run, spec, versions, w},
 };
 
@@ -157,6 +157,21 @@ fn what_needs_more_than_is_in_force_is_refused_with_the_way_out() {
     assert!(CommandBody::DeploySet(set).needs().met_by(1).is_err(), "a reader of before would take no notice of its priority");
     assert_eq!(CommandBody::RaiseLevel { level: 7 }.needs().met_by(1), Ok(()));
     assert_eq!(CommandBody::Undeploy { name: "m".into() }.needs().met_by(1), Ok(()));
+}
+
+#[test]
+fn how_many_models_there_may_be_is_the_same_for_every_coordinator() {
+    let mut state = testkit::registered(&["w1"]);
+    deploy(&mut state, "m", 1, 1);
+    let like = state.models.values().next().unwrap().clone();
+    for number in 1..MODELS_MAX_FIRST {
+        state.models.insert(ModelKey { name: format!("m-{number}"), version: 1 }, like.clone());
+    }
+    let deploys = |state: &ClusterState| run(&mut state.clone(), CommandBody::DeploySet(versions("one-more", &[1], false)));
+    state.level = LEVEL_FIRST;
+    assert!(matches!(deploys(&state), Outcome::Rejected(_)), "as one that isn't upgraded yet says");
+    state.level = LEVEL_MODELS;
+    assert!(matches!(deploys(&state), Outcome::DeployedSet { .. }));
 }
 
 #[test]

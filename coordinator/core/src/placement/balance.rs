@@ -24,7 +24,7 @@ struct Step<'a> {
 impl<'a> Planner<'a> {
     /// Begins as many moves as are left.
     pub(super) fn balance(&mut self, left: usize) {
-        if left == 0 || !self.may_move || !self.loads.is_uneven() {
+        if left == 0 || !self.may_even_out || !self.loads.is_uneven() {
             return;
         }
         let failing = self.failing();
