@@ -8,7 +8,7 @@ FIRST_SEED ?= 0
 SEEDS ?= 10000
 SEED ?=
 
-.PHONY: help fetch build models up demo bench test conformance-triton perf-analyzer fuzz simulate simulate-mutants chaos fmt lint doc deny clean-data
+.PHONY: help fetch build models up demo bench bench-quorum bench-scale test conformance-triton perf-analyzer fuzz simulate simulate-mutants chaos fmt lint doc deny clean-data
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -35,6 +35,12 @@ demo: fetch models ## stream speech through a cluster while its processes are ki
 
 bench: models ## measure overhead, throughput, tail, overload and memory beside libtorch in process; some minutes
 	@exec target/release/cresset-bench $(BENCH_FLAGS)
+
+bench-quorum: build ## measure how fast coordinators agree and elect, beside etcd where it is installed; some minutes
+	@exec target/release/cresset-bench-quorum $(BENCH_FLAGS)
+
+bench-scale: build ## measure what up to 1,000 workers with 10,000 models cost the coordinators; some minutes
+	@exec target/release/cresset-bench-scale $(BENCH_FLAGS)
 
 test: fetch models ## run every test
 	@$(FETCH) venv

@@ -1,6 +1,13 @@
-//! `cresset bench` against a real cluster: what it reports adds up, and it notices what is wrong.
+//! `cresset bench` against a real cluster: what it reports adds up, and it notices what is wrong. And the benches of the
+//! coordinators, in short: they measure what they say.
 
-use cresset_tests::harness::{Cluster, binaries::Ran, fp32_model};
+use std::fs;
+
+use cresset_tests::harness::{
+    Cluster,
+    binaries::{Ran, run},
+    fp32_model,
+};
 use cresset_worker::engine::testing;
 use serde_json::{Value, json};
 
@@ -114,4 +121,41 @@ async fn what_goes_wrong_is_counted_and_told() {
     let absent = bench(&cluster, &["nobody"]).0;
     assert!(absent.code == Some(1) && absent.stderr.contains("nobody"), "{absent:?}");
     assert_eq!(bench(&cluster, &["plus_one", "--rate", "-1"]).0.code, Some(2));
+}
+
+/// Runs a bench in short, and returns the figures of its last line, which are those of its file.
+fn in_short(program: &str, file: &str) -> Value {
+    let out = tempfile::tempdir().unwrap();
+    let ran = run(program, ["--quick", "--out", out.path().to_str().unwrap()]).unwrap();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let told: Value = serde_json::from_str(ran.stdout.lines().last().unwrap()).unwrap();
+    let written: Value = serde_json::from_slice(&fs::read(out.path().join(file)).unwrap()).unwrap();
+    assert_eq!(told, written);
+    told
+}
+
+#[test]
+fn the_bench_of_a_quorum_measures_both_systems() {
+    let json = in_short("cresset-bench-quorum", "quorum.json");
+    let systems = ["cresset", "etcd"].into_iter().filter(|system| !json[system].is_null());
+    for system in systems.clone() {
+        let part = &json[system];
+        for figure in ["commands_per_second_at_1", "p50_us_at_16", "p99_us_at_64", "cpu_us_at_64", "outage_max_ms"] {
+            assert!(part[figure].as_f64().is_some_and(|value| value > 0.0), "{system} {figure}: {json}");
+        }
+        assert_eq!(part["kills"], 2, "{json}");
+    }
+    assert_eq!(systems.count(), if json["etcd_version"].is_null() { 1 } else { 2 }, "{json}");
+}
+
+#[test]
+fn the_bench_of_a_fleet_measures_each_size() {
+    let json = in_short("cresset-bench-scale", "scale.json");
+    let sizes = json["workers"].as_object().unwrap();
+    assert_eq!(sizes.keys().collect::<Vec<_>>(), ["3", "6"]);
+    for (size, part) in sizes {
+        for figure in ["verdict_to_assigned_ms", "plan_ms", "snapshot_mb", "snapshot_load_ms", "whole_ms"] {
+            assert!(part[figure].as_f64().is_some_and(|value| value > 0.0), "{size} {figure}: {json}");
+        }
+    }
 }

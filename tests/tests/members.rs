@@ -53,7 +53,7 @@ fn with_role(members: &[Member], role: MemberRole) -> Vec<&str> {
 }
 
 /// Waits until a coordinator is in this role and has all that the leader had when it was looked at.
-async fn caught_up(cluster: &Cluster, id: &str, role: CoordinatorRole) {
+pub async fn caught_up(cluster: &Cluster, id: &str, role: CoordinatorRole) {
     let is_there = |status: &StatusResponse| {
         let committed = leader_of(status)?.commit_index;
         status.coordinators.iter().find(|c| c.id == id && c.role() == role && c.applied_index >= committed).map(drop)
@@ -61,20 +61,14 @@ async fn caught_up(cluster: &Cluster, id: &str, role: CoordinatorRole) {
     cluster.wait_for(&format!("{id} as {}", role.as_str_name()), PATIENCE, is_there).await.unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dead_coordinator_is_replaced_as_the_runbook_says() {
-    let repository = plus_one();
-    let mut cluster = cluster(3, 2, &repository, &["plus_one"]);
-    let load = load(&cluster, "c1").await;
-    load.more(200).await;
-    cluster.kill("c2").unwrap();
+/// Does what the runbook says when `c2` is lost: a new coordinator takes its place as `c4`.
+pub async fn replace_c2(cluster: &Cluster, repository: &ModelRepository, new: &mut Beside) {
     let survivors: Vec<String> = ["c1", "c3"].iter().map(|id| cluster.grpc(id).unwrap().to_owned()).collect();
     let leads = |status: &StatusResponse| leader_of(status).filter(|leader| leader.id != "c2").map(drop);
     cluster.wait_for("a leader that lives", PATIENCE, leads).await.unwrap();
 
-    let mut new = Beside::new(4);
     let [settings] = blocks(RUNBOOK, "toml").try_into().unwrap();
-    configure(&new, &settings, &cluster, &repository, "c4");
+    configure(new, &settings, cluster, repository, "c4");
     let steps: [String; 6] = blocks(RUNBOOK, "sh").try_into().expect("six steps");
     let [look, add, start, wait, promote, last] = steps.map(|step| step.replace("10.0.0.4", &new.host));
     let folder = new.folder.path().to_owned();
@@ -84,7 +78,7 @@ async fn a_dead_coordinator_is_replaced_as_the_runbook_says() {
     run(&add);
     assert_eq!(start.trim(), "cresset-coordinator --config coordinator.toml");
     new.start();
-    caught_up(&cluster, "c4", CoordinatorRole::Learner).await;
+    caught_up(cluster, "c4", CoordinatorRole::Learner).await;
     let listed = run(&wait);
     let row = listed.lines().find(|line| line.starts_with("c4")).unwrap();
     assert!(row.contains("learner") && row.contains("yes") && row.contains(&format!("{}:8003", new.host)), "{listed}");
@@ -92,6 +86,18 @@ async fn a_dead_coordinator_is_replaced_as_the_runbook_says() {
     let listed = run(&last);
     let voters: Vec<_> = listed.lines().filter(|line| line.contains("voter")).map(|line| &line[..2]).collect();
     assert_eq!(voters, ["c1", "c3", "c4"], "{listed}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_coordinator_is_replaced_as_the_runbook_says() {
+    let repository = plus_one();
+    let mut cluster = cluster(3, 2, &repository, &["plus_one"]);
+    let load = load(&cluster, "c1").await;
+    load.more(200).await;
+    cluster.kill("c2").unwrap();
+    let mut new = Beside::new(4);
+    replace_c2(&cluster, &repository, &mut new).await;
+    let folder = new.folder.path().to_owned();
 
     // The new one counts: with one more gone, the two that are left agree.
     cluster.kill("c3").unwrap();

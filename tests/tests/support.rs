@@ -1,6 +1,7 @@
 //! What several tests need: tiny requests, and load.
 
 use std::{
+    fs,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -23,15 +24,20 @@ use cresset_tests::{
         Cluster, ModelRepository, Options,
         binaries::{self, Ran},
         fp32_model,
+        launch::{Place, Recipe},
     },
     reference::{bytes_of, floats},
 };
 use cresset_worker::engine::testing;
+use tempfile::TempDir;
 use tokio::{sync::watch, task::JoinSet, time::timeout};
 use tonic::{Status, transport::Channel};
 
 /// Long enough for anything that happens at all, on a machine that is busy.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The name of a cluster that `cresset up` doesn't start.
+const CLUSTER_ID: &str = "test";
 
 /// A repository with the model `plus_one`.
 pub fn plus_one() -> ModelRepository {
@@ -55,6 +61,17 @@ pub fn cluster_with_env(
     let model_repository = repository.path().into();
     let options = Options { coordinators, workers, model_repository, env, ..Options::deploying(deploy) };
     Cluster::start(&options).unwrap()
+}
+
+/// Starts three coordinators without workers, and without `cresset up`. They live as long as the thread that calls.
+pub fn coordinators_alone(repository: &ModelRepository) -> (Cluster, TempDir) {
+    let folder = tempfile::Builder::new().prefix("cresset-test-").tempdir().unwrap();
+    fs::write(folder.path().join("cluster-id"), CLUSTER_ID).unwrap();
+    let ids = ["c1", "c2", "c3"].map(str::to_owned);
+    let recipe =
+        Recipe { cluster_id: CLUSTER_ID, data_dir: folder.path(), repository: repository.path(), coordinator: &[], worker: &[] };
+    let launches = recipe.launches(&ids, &Place::free(ids.len()).unwrap());
+    (Cluster::launch(folder.path(), launches).unwrap(), folder)
 }
 
 /// A request for one of the `fp32_model`s: one row.

@@ -1,6 +1,6 @@
 //! What a worker holds beyond its weights and libtorch itself, and whether it stays so.
 
-use std::{fs, time::Duration};
+use std::time::Duration;
 
 use anyhow::Context;
 
@@ -9,9 +9,9 @@ use super::{
     inprocess::Holder,
     models::{MLP, MODELS},
     stage::{Stage, WORKER},
+    usage::rss_mib,
 };
 
-const MIB: f64 = (1 << 20) as f64;
 /// Requests to each model before memory is compared; the reference makes about as many calls.
 const FIRST_REQUESTS: u64 = 5;
 /// Samples of memory that is to stay flat.
@@ -65,13 +65,4 @@ fn flat(part: &mut Part, what: &str, mut load: impl FnMut() -> anyhow::Result<()
     part.add(&format!("over_{what}_percent"), furthest / first * 100.0);
     part.fact(&format!("worker_mib_over_{what}"), samples);
     Ok(())
-}
-
-/// Resident memory of a process.
-fn rss_mib(pid: u32) -> anyhow::Result<f64> {
-    let path = format!("/proc/{pid}/status");
-    let status = fs::read_to_string(&path).with_context(|| format!("can't read {path}"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    let kib: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
-    Ok(kib * 1024.0 / MIB)
 }

@@ -9,6 +9,9 @@
 //! | [`generator`] | the load: `cresset bench` |
 //! | [`routing`], [`overhead`], [`throughput`], [`tail`], [`overload`], [`survival`], [`memory`] | the parts |
 //! | [`figures`], [`results`], [`plot`] | middles and spreads, the table and the JSON, the plot |
+//! | [`usage`] | what a process used, as the kernel counts it |
+//! | [`quorum`] | `make bench-quorum`: three coordinators beside three members of etcd |
+//! | [`scale`] | `make bench-scale`: what a large fleet costs the coordinators |
 //!
 //! A figure and its reference are measured in turns, so that what else the machine does meets both.
 
@@ -21,9 +24,13 @@ pub mod models;
 pub mod overhead;
 pub mod overload;
 pub mod plot;
+pub mod quorum;
 pub mod results;
 pub mod routing;
+pub mod scale;
 pub mod stage;
 pub mod survival;
+mod table;
 pub mod tail;
 pub mod throughput;
+pub mod usage;

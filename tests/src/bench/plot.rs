@@ -22,7 +22,7 @@ const GOAL: RGBColor = RGBColor(200, 60, 50);
 const COLOURS: [RGBColor; 4] = [RGBColor(160, 170, 185), RGBColor(54, 116, 181), RGBColor(232, 142, 54), RGBColor(84, 158, 96)];
 
 /// One bar: what stands under it, how high it is, how far its rounds lie apart, and its goal.
-struct Bar {
+pub(super) struct Bar {
     label: String,
     value: f64,
     spread: (f64, f64),
@@ -31,10 +31,13 @@ struct Bar {
 }
 
 /// A line of points, evenly spaced.
-struct Line {
-    label: String,
-    values: Vec<f64>,
-    colour: usize,
+pub(super) struct Line {
+    /// Its name in the legend.
+    pub(super) label: String,
+    /// Its points, one for each place along the axis.
+    pub(super) values: Vec<f64>,
+    /// Its number among the colours.
+    pub(super) colour: usize,
 }
 
 impl Bar {
@@ -45,8 +48,9 @@ impl Bar {
     }
 }
 
-/// A panel's heading and what it shows.
-enum Content {
+/// What a panel shows.
+pub(super) enum Content {
+    /// Bars beside each other.
     Bars(Vec<Bar>),
     /// The places along the axis, and whether the other axis is logarithmic.
     Lines(Vec<String>, Vec<Line>, bool),
@@ -57,41 +61,54 @@ enum Content {
 /// # Errors
 /// When the file can't be written.
 pub fn draw(results: &Results, path: &Path) -> anyhow::Result<()> {
-    let panels = panels(results);
+    let machine = &results.machine;
+    let title = format!("{}, {} cores, torch {}, {}", machine.cpu, machine.cores, machine.torch, machine.date);
+    draw_panels(&title, &panels(results), path)
+}
+
+/// Draws panels, each with a heading, two beside each other. One without anything to show is left out.
+///
+/// # Errors
+/// When the file can't be written.
+pub(super) fn draw_panels(title: &str, panels: &[(&'static str, Content)], path: &Path) -> anyhow::Result<()> {
+    let panels: Vec<_> = panels.iter().filter(|(_, content)| content.has_any()).collect();
     let rows = (panels.len() as u32).div_ceil(2).max(1);
     let root = SVGBackend::new(path, (WIDTH, TITLE_HEIGHT + rows * ROW_HEIGHT)).into_drawing_area();
-    let drawn = picture(results, &panels, rows, &root).and_then(|()| Ok(root.present()?));
+    let drawn = picture(title, &panels, rows, &root).and_then(|()| Ok(root.present()?));
     drawn.map_err(|error| anyhow!("can't draw {}: {error}", path.display()))
 }
 
-/// The panels for which there is something to show.
+impl Content {
+    /// Whether there is anything to show.
+    fn has_any(&self) -> bool {
+        match self {
+            Self::Bars(bars) => !bars.is_empty(),
+            Self::Lines(_, lines, _) => lines.iter().any(|line| !line.values.is_empty()),
+        }
+    }
+}
+
+/// The panels of `make bench`.
 fn panels(results: &Results) -> Vec<(&'static str, Content)> {
     let tenths: Vec<_> = (1..=10).map(|tenth| format!("{tenth}0%")).collect();
-    let all = [
+    vec![
         ("Latency of one call at a time (784-512-10 MLP), µs", Content::Bars(latencies(results))),
         ("CPU per request (784-512-10 MLP), µs", Content::Bars(costs(results))),
         ("Throughput over libtorch's best in process, by requests in flight", Content::Bars(ratios(results))),
         ("Latency in an open loop, µs", Content::Lines(PERCENTILES.map(str::to_owned).to_vec(), tails(results), true)),
         ("Resident memory, MiB", Content::Bars(memories(results))),
         ("The worker's resident memory over many requests and streams, MiB", Content::Lines(tenths, flatness(results), false)),
-    ];
-    let has_any = |(_, content): &(&str, Content)| match content {
-        Content::Bars(bars) => !bars.is_empty(),
-        Content::Lines(_, lines, _) => lines.iter().any(|line| !line.values.is_empty()),
-    };
-    all.into_iter().filter(has_any).collect()
+    ]
 }
 
 fn picture(
-    results: &Results,
-    panels: &[(&'static str, Content)],
+    title: &str,
+    panels: &[&(&'static str, Content)],
     rows: u32,
     root: &Panel<'_>,
 ) -> Result<(), Box<dyn std::error::Error>> {
     root.fill(&WHITE)?;
-    let machine = &results.machine;
-    let title = format!("{}, {} cores, torch {}, {}", machine.cpu, machine.cores, machine.torch, machine.date);
-    root.draw(&Text::new(title, (24, 20), words(17, &INK)))?;
+    root.draw(&Text::new(title.to_owned(), (24, 20), words(17, &INK)))?;
     let (_, body) = root.split_vertically(TITLE_HEIGHT);
     for (panel, (heading, content)) in body.split_evenly((rows as usize, 2)).iter().zip(panels) {
         panel.draw(&Text::new((*heading).to_owned(), (24, 12), words(16, &INK)))?;

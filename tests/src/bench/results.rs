@@ -2,13 +2,13 @@
 
 use std::{collections::BTreeMap, fs, time::SystemTime};
 
-use comfy_table::{CellAlignment, Table, presets::NOTHING};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{
     figures::Part,
     models::{MODELS, Model},
+    table::{Goal, Rows, word},
 };
 use crate::harness::binaries::root;
 
@@ -74,14 +74,6 @@ pub struct Results {
     pub memory: Option<Part>,
 }
 
-/// A goal: the figure may be at most or at least this.
-#[derive(Debug, Clone, Copy)]
-enum Goal {
-    Most(f64),
-    Least(f64),
-    None,
-}
-
 impl Results {
     /// The whole, with the parts that were left out missing.
     pub fn to_json(&self) -> Value {
@@ -112,8 +104,7 @@ impl Results {
 
     /// Every figure with its spread, its reference and its goal.
     pub fn table(&self) -> String {
-        let mut rows = Rows(Table::new());
-        rows.0.load_preset(NOTHING).set_header(["FIGURE", "MEDIAN", "SPREAD", "GOAL", "REFERENCE"]);
+        let mut rows = Rows::new();
         self.routing.iter().for_each(|part| routing(&mut rows, part));
         self.overhead.iter().for_each(|part| overhead(&mut rows, part));
         for (model, part) in self.models() {
@@ -123,34 +114,9 @@ impl Results {
         self.overload.iter().for_each(|part| overload(&mut rows, part));
         self.survival.iter().for_each(|part| survival(&mut rows, part));
         self.memory.iter().for_each(|part| memory(&mut rows, part));
-        for (number, column) in rows.0.column_iter_mut().enumerate() {
-            column.set_padding((0, 2));
-            column.set_cell_alignment(if (1..=2).contains(&number) { CellAlignment::Right } else { CellAlignment::Left });
-        }
         let Machine { cores, cpu, torch, date, load_before, .. } = &self.machine;
-        format!("{cpu}, {cores} cores, torch {torch}, {date}, load before {load_before}\n\n{}\n", rows.0.trim_fmt())
+        format!("{cpu}, {cores} cores, torch {torch}, {date}, load before {load_before}\n\n{rows}\n")
     }
-}
-
-struct Rows(Table);
-
-impl Rows {
-    /// One figure of a part, if it was measured.
-    fn row(&mut self, words: &str, part: &Part, name: &str, digits: usize, goal: Goal, reference: &str) {
-        let Some((middle, (low, high))) = part.median(name).zip(part.spread(name)) else { return };
-        let goal = match goal {
-            Goal::Most(most) => format!("≤ {most}{}", if middle <= most { "" } else { "  missed" }),
-            Goal::Least(least) => format!("≥ {least}{}", if middle >= least { "" } else { "  missed" }),
-            Goal::None => String::new(),
-        };
-        let spread = if part.rounds(name).len() > 1 { format!("{low:.digits$} … {high:.digits$}") } else { String::new() };
-        self.0.add_row([words.to_owned(), format!("{middle:.digits$}"), spread, goal, reference.to_owned()]);
-    }
-}
-
-/// A figure in words.
-fn word(part: &Part, name: &str, digits: usize) -> String {
-    part.median(name).map_or("?".to_owned(), |value| format!("{value:.digits$}"))
 }
 
 fn routing(rows: &mut Rows, part: &Part) {

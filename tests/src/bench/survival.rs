@@ -2,7 +2,6 @@
 //! straight to the worker, which a dead worker would end.
 
 use std::{
-    fs,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -25,6 +24,7 @@ use tonic::{
 use super::{
     figures::{Part, median},
     stage::{Pace, WORKER},
+    usage::cpu_seconds,
 };
 use crate::{
     chaos::models::{self, Kind},
@@ -34,8 +34,6 @@ use crate::{
 
 /// Streams at a time, each with one request under way.
 const STREAMS: usize = 16;
-/// Ticks of `/proc/PID/stat`, for each second, on every Linux.
-const TICKS_PER_SECOND: f64 = 100.0;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The models with state, and how the figures begin.
 const KINDS: [(Kind, &str); 2] = [(Kind::Speech, "speech"), (Kind::Implicit, "implicit")];
@@ -188,13 +186,4 @@ async fn speak(way: Way, kind: Kind, inputs: Arc<[Bytes]>, sequence: i64, until:
         while answers.next().await.is_some() {}
     }
     Ok(took)
-}
-
-/// User and system time of a process.
-fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // proc_pid_stat(5): the 14th and 15th fields, the 12th and 13th after the name.
-    let (_, fields) = stat.rsplit_once(") ").context("no name in stat")?;
-    let ticks: f64 = fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<f64>().ok()).sum();
-    Ok(ticks / TICKS_PER_SECOND)
 }

@@ -7,6 +7,7 @@
 //! Waiting is watching: for a line on stdout, for a status from [`Cluster::wait_for`], for the end of a process.
 
 pub mod binaries;
+pub mod launch;
 mod process;
 mod repository;
 mod status;
