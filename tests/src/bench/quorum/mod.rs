@@ -3,11 +3,11 @@
 //!
 //! | room | its job |
 //! | --- | --- |
-//! | [`group`] | three members, whichever system: who leads, who has caught up |
-//! | [`cresset`], [`etcd`] | the two systems: how they are started, and what a write is |
-//! | [`load`] | writers in a closed loop |
-//! | [`outage`] | the leader is killed: the time until the next write succeeds |
-//! | [`report`] | the table and the JSON |
+//! | `group` | three members, whichever system: who leads, who has caught up |
+//! | `cresset`, `etcd` | the two systems: how they are started, and what a write is |
+//! | `load` | writers in a closed loop |
+//! | `outage` | the leader is killed: the time until the next write succeeds |
+//! | `report` | the table and the JSON |
 //!
 //! Both run with the settings that they are shipped with, on loopback, with their logs in folders beside each other, and sync
 //! each write. Writers are connected to the leader. What is written has the same size.

@@ -2,10 +2,10 @@
 //!
 //! | room | its job |
 //! | --- | --- |
-//! | [`state`] | the state of such a cluster, and what it costs to plan it, to write it down and to read it back |
-//! | [`fleet`] | workers that join, send heartbeats and take intents, all in this process, and run nothing |
-//! | [`group`] | three coordinators that begin from that state |
-//! | [`report`] | the table, the JSON and the plot |
+//! | `state` | the state of such a cluster, and what it costs to plan it, to write it down and to read it back |
+//! | `fleet` | workers that join, send heartbeats and take intents, all in this process, and run nothing |
+//! | `group` | three coordinators that begin from that state |
+//! | `report` | the table, the JSON and the plot |
 //!
 //! The coordinators are those that are shipped. They begin from a backup of the state, as after a restore, so that a cluster of ten
 //! thousand models is there at once; the workers find what they should run in it and say that they run it.
