@@ -1,14 +1,12 @@
 //! What routers and workers are told.
 //!
 //! Both are views of the state, computed anew whenever the epoch grows; nobody keeps them.
-use std::collections::BTreeMap;
-
 use bytes::Bytes;
 
 use crate::{
     PeerId, WorkerId,
     placement::Shard,
-    state::{ClusterState, Deployment, Epoch, Generation, Incarnation, ModelKey, Replica, ReplicaId},
+    state::{ClusterState, Deployment, Epoch, Generation, Incarnation, ModelKey, Replica},
 };
 
 /// Who serves what.
@@ -132,31 +130,19 @@ pub struct Assignment {
 
 /// Everything that a worker should run; what isn't in it should go.
 pub fn assignments(state: &ClusterState, worker: &WorkerId) -> Vec<Assignment> {
-    state.replicas_on(worker).filter_map(|(id, replica)| assignment(state, id, replica)).collect()
-}
-
-/// [`assignments`] of all workers, looked up at once. A worker that should run nothing isn't in it.
-pub fn all_assignments(state: &ClusterState) -> BTreeMap<WorkerId, Vec<Assignment>> {
-    let mut all: BTreeMap<WorkerId, Vec<Assignment>> = BTreeMap::new();
-    for (id, replica) in &state.replicas {
-        if let Some(assignment) = assignment(state, id, replica) {
-            all.entry(id.worker.clone()).or_default().push(assignment);
-        }
-    }
-    all
-}
-
-fn assignment(state: &ClusterState, id: &ReplicaId, replica: &Replica) -> Option<Assignment> {
-    let key = id.key();
-    let deployment = state.models.get(&key)?;
-    Some(Assignment {
-        key,
-        shard: id.shard,
-        generation: replica.generation,
-        config: deployment.config.clone(),
-        digest: deployment.digest.clone(),
-        stored: deployment.stored,
-    })
+    let wanted = state.replicas_on(worker).filter_map(|(id, replica)| {
+        let key = id.key();
+        let deployment = state.models.get(&key)?;
+        Some(Assignment {
+            key,
+            shard: id.shard,
+            generation: replica.generation,
+            config: deployment.config.clone(),
+            digest: deployment.digest.clone(),
+            stored: deployment.stored,
+        })
+    });
+    wanted.collect()
 }
 
 #[cfg(test)]
@@ -217,6 +203,5 @@ mod tests {
         assert_eq!(told.len(), 1);
         assert_eq!((told[0].key.name.as_str(), told[0].key.version, told[0].generation), ("m", 1, 1));
         assert_eq!(assignments(&state, &w("w2")), vec![]);
-        assert_eq!(all_assignments(&state), [(w("w1"), told)].into());
     }
 }

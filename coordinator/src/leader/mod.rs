@@ -8,7 +8,6 @@
 //! Absent: anything on the path of a prediction. With no leader at all, workers and routers go on as they are.
 pub mod cluster;
 pub mod fleet;
-mod intents;
 pub mod probe;
 pub mod sessions;
 

@@ -9,7 +9,7 @@ use cresset_core::{
     ClusterState, CommandBody, Outcome, Reject, WorkerId,
     apply::is_news,
     command::{MOVES_MAX, Registration, ReplicaReport, WORKERS_MAX},
-    routes::Assignment,
+    routes::{Assignment, assignments},
     state::{Epoch, Incarnation, ReplicaId, WorkerState},
     wire,
 };
@@ -30,7 +30,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Beat, Cluster, Event, Fleet, Role, Settings, intents::Intents};
+use super::{Beat, Cluster, Event, Fleet, Role, Settings};
 use crate::metrics;
 
 /// Messages that may wait for a worker that doesn't read.
@@ -49,7 +49,6 @@ pub struct Membership<C> {
 struct Context<C> {
     cluster: C,
     fleet: Fleet,
-    intents: Intents,
     settings: Settings,
     events: mpsc::Sender<Event>,
     shutdown: CancellationToken,
@@ -63,7 +62,7 @@ impl<C: Cluster> Membership<C> {
         events: mpsc::Sender<Event>,
         shutdown: CancellationToken,
     ) -> Self {
-        let context = Context { cluster, fleet, intents: Intents::default(), settings, events, shutdown };
+        let context = Context { cluster, fleet, settings, events, shutdown };
         Self { context, streams: std::sync::Arc::new(Semaphore::new(2 * WORKERS_MAX)) }
     }
 
@@ -298,7 +297,6 @@ impl<'a, C: Cluster> Session<'a, C> {
     async fn keep_up(&mut self) -> Result<Option<End>, Status> {
         let superseded = (!self.context.fleet.speaks(&self.worker, self.number)).then_some(End::Superseded);
         let (worker, incarnation, epoch_seen) = (&self.worker, self.incarnation, self.epoch_seen);
-        let intents = &self.context.intents;
         let view = self.context.cluster.read(|state| {
             if epoch_seen == Some(state.epoch) {
                 return None;
@@ -309,7 +307,7 @@ impl<'a, C: Cluster> Session<'a, C> {
                 None => Some(incarnation.saturating_add(1)),
             };
             let fence = floor.map(|floor| (floor, was_removed(state, worker, incarnation)));
-            Some((state.epoch, fence, intents.of(state, worker)))
+            Some((state.epoch, fence, assignments(state, worker)))
         });
         let Some((epoch, fence, assignments)) = view else { return Ok(superseded) };
         if let Some((incarnation_min, is_removed)) = fence {
