@@ -20,7 +20,7 @@ use tonic::{Code, Response, Status, transport::Channel};
 
 use crate::{
     retry::{Failure, PAUSE_MS_MAX, backoff_ms},
-    routes::{self, RouteSender, Routes},
+    routes::{self, RouteError, RouteSender, Routes},
     workers::ConnectionSettings,
 };
 
@@ -261,7 +261,7 @@ impl Coordinators {
         let bytes_max = self.0.settings.message_bytes_max;
         let mut client = RoutesServiceClient::new(channel).max_decoding_message_size(bytes_max);
         let epoch = sender.epoch();
-        let mut tables = match client.watch(WatchRequest { epoch }).await {
+        let mut tables = match client.watch(WatchRequest { epoch, takes_changes: true }).await {
             Ok(response) => response.into_inner(),
             Err(status) => return describe(&status),
         };
@@ -272,6 +272,8 @@ impl Coordinators {
                     match sender.publish(&response) {
                         Ok(true) => tracing::debug!(epoch = response.epoch, "newer routes"),
                         Ok(false) => {}
+                        // Asked again, a coordinator says what it takes from here.
+                        Err(error @ RouteError::Gap { .. }) => return error.to_string(),
                         Err(error) => tracing::error!(epoch = response.epoch, %error, "unusable routes; keeping the last ones"),
                     }
                 }

@@ -164,8 +164,8 @@ pub struct RouteTable {
     epoch: u64,
     received: bool,
     /// Hashed, as every request looks here: in a tree of 10,000 names it meets a dozen of them on its way.
-    models: HashMap<String, BTreeMap<u64, Arc<ModelRoute>>>,
-    labels: BTreeMap<String, BTreeMap<String, u64>>,
+    models: HashMap<Arc<str>, Arc<BTreeMap<u64, Arc<ModelRoute>>>>,
+    labels: BTreeMap<String, Arc<BTreeMap<String, u64>>>,
     workers: BTreeMap<String, Arc<Replica>>,
     coordinators: Vec<String>,
 }
@@ -183,6 +183,14 @@ pub enum RouteError {
         /// What prost says.
         cause: String,
     },
+    /// It says what changed in another table than the one here.
+    #[error("it is what changed since epoch {since}, and the table here is of epoch {here}")]
+    Gap {
+        /// The epoch that it follows.
+        since: u64,
+        /// The epoch of the table here.
+        here: u64,
+    },
 }
 
 impl RouteTable {
@@ -191,38 +199,53 @@ impl RouteTable {
         Self::default()
     }
 
-    /// A table made of what a coordinator sent, taking over the counters of `previous`. Workers of `previous` that are no
-    /// longer there are told so: what is in flight at them moves.
+    /// A table made of what a coordinator sent, whole or what changed in `previous`, taking over the counters of `previous`. Workers
+    /// of `previous` that are no longer there are told so: what is in flight at them moves.
     ///
     /// # Errors
     /// [`RouteError`]; `previous` stays in force then.
     pub fn build(response: &WatchResponse, previous: &RouteTable) -> Result<Self, RouteError> {
-        let mut workers: BTreeMap<String, Arc<Replica>> = BTreeMap::new();
+        let mut table = if response.since_epoch == 0 { Self::default() } else { previous.without_changed(response)? };
+        (table.epoch, table.received) = (response.epoch, true);
         for route in &response.workers {
             let replica = match previous.workers.get(&route.worker_id) {
                 Some(known) if known.is(route) && !known.is_gone() => Arc::clone(known),
                 _ => Arc::new(Replica::new(&*route.worker_id, route.incarnation, &*route.grpc_address).in_zone(&*route.zone)),
             };
-            workers.insert(route.worker_id.clone(), replica);
+            table.workers.insert(route.worker_id.clone(), replica);
         }
-        let mut models: HashMap<String, BTreeMap<u64, Arc<ModelRoute>>> = HashMap::new();
         for wire in &response.models {
-            let known = previous.models.get(&wire.model).and_then(|versions| versions.get(&wire.version));
-            let route = model_route(wire, &workers, known)?;
-            models.entry(wire.model.clone()).or_default().insert(wire.version, Arc::new(route));
+            let known = previous.models.get(&*wire.model).and_then(|versions| versions.get(&wire.version));
+            let route = Arc::new(model_route(wire, &table.workers, known)?);
+            Arc::make_mut(table.models.entry(wire.model.as_str().into()).or_default()).insert(wire.version, route);
         }
-        let mut labels: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
         for wire in &response.labels {
-            labels.entry(wire.model.clone()).or_default().insert(wire.label.clone(), wire.version);
+            Arc::make_mut(table.labels.entry(wire.model.clone()).or_default()).insert(wire.label.clone(), wire.version);
         }
         // Only now: a table that can't be built must change nothing.
         for (id, replica) in &previous.workers {
-            if !workers.get(id).is_some_and(|kept| Arc::ptr_eq(kept, replica)) {
+            if !table.workers.get(id).is_some_and(|kept| Arc::ptr_eq(kept, replica)) {
                 replica.leave();
             }
         }
-        let coordinators = response.coordinator_grpc_addresses.clone();
-        Ok(Self { epoch: response.epoch, received: true, models, labels, workers, coordinators })
+        table.coordinators.clone_from(&response.coordinator_grpc_addresses);
+        Ok(table)
+    }
+
+    /// What is left of this table when what changed is taken away.
+    fn without_changed(&self, response: &WatchResponse) -> Result<Self, RouteError> {
+        if response.since_epoch != self.epoch || !self.received {
+            return Err(RouteError::Gap { since: response.since_epoch, here: self.epoch });
+        }
+        let (mut models, mut labels, mut workers) = (self.models.clone(), self.labels.clone(), self.workers.clone());
+        for name in &response.models_changed {
+            models.remove(name.as_str());
+            labels.remove(name);
+        }
+        for id in &response.workers_changed {
+            workers.remove(id);
+        }
+        Ok(Self { models, labels, workers, ..Self::default() })
     }
 
     /// The epoch that the table is of; 0 when nothing was received.
@@ -243,17 +266,17 @@ impl RouteTable {
     /// All models, in order of name and version.
     pub fn models(&self) -> impl Iterator<Item = &Arc<ModelRoute>> {
         let by_name: BTreeMap<_, _> = self.models.iter().collect();
-        by_name.into_values().flat_map(BTreeMap::values)
+        by_name.into_values().flat_map(|versions| versions.values())
     }
 
     /// The versions of one model, ascending.
     pub fn versions(&self, name: &str) -> impl Iterator<Item = &Arc<ModelRoute>> {
-        self.models.get(name).into_iter().flat_map(BTreeMap::values)
+        self.models.get(name).into_iter().flat_map(|versions| versions.values())
     }
 
     /// The routes that a replica is part of.
     pub(crate) fn routes_of(&self, replica: &Arc<Replica>) -> impl Iterator<Item = &Arc<ModelRoute>> {
-        let routes = self.models.values().flat_map(BTreeMap::values);
+        let routes = self.models.values().flat_map(|versions| versions.values());
         routes.filter(|route| route.replicas.iter().any(|other| Arc::ptr_eq(other, replica)))
     }
 
@@ -269,7 +292,7 @@ impl RouteTable {
 
     /// The versions of a model that have a ready replica, ascending.
     pub fn versions_ready(&self, name: &str) -> impl Iterator<Item = u64> {
-        let versions = self.models.get(name).into_iter().flatten();
+        let versions = self.models.get(name).into_iter().flat_map(|versions| versions.iter());
         versions.filter(|(_, route)| !route.replicas.is_empty()).map(|(version, _)| *version)
     }
 

@@ -5,7 +5,7 @@
 //! | [`consensus`] | the only place that knows Raft: an ordered, durable log of commands, and the state after it |
 //! | [`leader`] | duties while leading: judge workers, place replicas, tell workers what to run |
 //! | [`gateway`] | predictions for clients of any language: the router of `cresset-client`, fed from the state here |
-//! | [`tables`] | the route table of the newest epoch, built once for all who want it |
+//! | [`tables`] | what routers are told: changes of the routes, or a whole table |
 //! | [`store`] | files of models that no repository holds, by SHA-256 |
 //! | [`services`] | gRPC: decode, ask a handle, encode |
 //!
@@ -41,6 +41,7 @@ use crate::{
     consensus::{Consensus, TransferError},
     services::Context,
     store::Store,
+    tables::Tables,
 };
 
 /// How long a coordinator that stops tries to hand over leadership.
@@ -100,7 +101,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     };
     tasks.spawn(closing.clone().run_until_cancelled_owned(announce(consensus.clone(), config.id, info)));
 
-    let tables = tables::follow(&consensus, &tasks, &closing);
+    let tables = Tables::new(consensus.clone());
     let router = gateway::router(tables.clone(), config.router(), &tasks, &closing);
     let others = others(&consensus, &config);
     let store = Store::open(&config.data_dir.join("files"), &config.cluster_id, others).map_err(Error::Store)?;

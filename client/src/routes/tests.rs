@@ -77,6 +77,51 @@ fn counters_survive_an_update_and_die_with_the_incarnation() {
 }
 
 #[test]
+fn changes_replace_what_they_name_and_nothing_else() {
+    let named = |name: &str, version, ids: &[&str]| WireRoute { model: name.into(), ..model(version, ids) };
+    let label = |version| Label { model: "m".into(), label: "stable".into(), version };
+    let workers = vec![worker("w1", 1), worker("w2", 1), worker("w3", 1)];
+    let mut whole = response(5, workers, vec![model(1, &["w1", "w2"]), named("n", 1, &["w2"]), named("gone", 1, &["w1"])]);
+    whole.labels = vec![label(1)];
+    let first = table(&whole);
+    let before: Vec<_> = first.workers().cloned().collect();
+    let mut changes = response(7, vec![worker("w3", 2)], vec![model(2, &["w2", "w3"])]);
+    changes.since_epoch = 5;
+    changes.models_changed = vec!["m".into(), "gone".into()];
+    changes.workers_changed = vec!["w1".into(), "w3".into()];
+    changes.labels = vec![label(2)];
+    let second = RouteTable::build(&changes, &first).unwrap();
+    assert_eq!((second.epoch(), second.is_received()), (7, true));
+    let now: Vec<_> = second.workers().map(|worker| (worker.worker_id.as_str(), worker.incarnation)).collect();
+    assert_eq!(now, [("w2", 1), ("w3", 2)]);
+    assert_eq!(second.versions("m").map(|route| route.version).collect::<Vec<_>>(), [2]);
+    assert!(
+        !second.has_model("gone")
+            && Arc::ptr_eq(first.model("n", Version::Highest).unwrap(), second.model("n", Version::Highest).unwrap())
+    );
+    assert_eq!(second.lookup("m", &Version::read("stable").unwrap()).unwrap().version, 2);
+    let replicas = &second.model("m", Version::Highest).unwrap().replicas;
+    assert!(Arc::ptr_eq(&replicas[0], &before[1]), "its counters go on");
+    assert_eq!(before.iter().map(|worker| worker.is_gone()).collect::<Vec<_>>(), [true, false, true]);
+    assert!(first.has_model("gone") && first.versions("m").count() == 1, "the table before is what it was");
+}
+
+#[test]
+fn changes_of_another_table_are_refused() {
+    let (sender, routes) = channel();
+    let changes = |since_epoch, epoch| WatchResponse { since_epoch, ..response(epoch, vec![worker("w1", 1)], vec![]) };
+    let gap = |since, here| Err(RouteError::Gap { since, here });
+    assert_eq!(sender.publish(&changes(3, 4)), gap(3, 0), "there is none yet");
+    assert_eq!(sender.publish(&response(5, vec![], vec![])), Ok(true));
+    assert_eq!(sender.publish(&changes(4, 6)), gap(4, 5));
+    assert_eq!(sender.publish(&changes(6, 7)), gap(6, 5));
+    assert_eq!((routes.table().epoch(), routes.table().workers().count()), (5, 0));
+    assert_eq!(sender.publish(&changes(5, 6)), Ok(true));
+    assert_eq!(sender.publish(&changes(5, 6)), Ok(false), "known already");
+    assert_eq!((routes.table().epoch(), routes.table().workers().count()), (6, 1));
+}
+
+#[test]
 fn epochs_only_grow_and_a_broken_table_changes_nothing() {
     let (sender, receiver) = channel();
     assert!(!receiver.load().is_received());

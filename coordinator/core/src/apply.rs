@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     Command, CommandBody, Outcome, PeerId, Reject, WorkerId,
+    changes::Touched,
     claim::Claim,
     command::{DEVICES_MAX, MOVES_MAX, PEERS_MAX, REASON_BYTES_MAX, Registration, ReplicaReport, TEXT_BYTES_MAX, WORKERS_MAX},
     demands::check_tags,
@@ -54,20 +55,21 @@ pub fn apply(state: &mut ClusterState, command: &Command) -> (Outcome, Vec<Effec
     }
     let epoch_before = state.epoch;
     let mut effects = Vec::new();
-    let outcome = match change(state, &command.body, &mut effects) {
+    // Before the change, which may take away what tells it.
+    let touched = touched(state, &command.body);
+    let outcome = match change(state, &command.body, &touched, &mut effects) {
         Ok(outcome) => outcome,
         Err(reject) => Outcome::Rejected(reject),
     };
     if state.epoch != epoch_before {
+        state.changes.note(epoch_before, state.epoch, touched);
         effects.push(Effect::EpochAdvanced { epoch: state.epoch });
     }
     state.remembered.insert(command.id, outcome.clone());
     (outcome, effects)
 }
 
-fn change(state: &mut ClusterState, body: &CommandBody, effects: &mut Vec<Effect>) -> Result<Outcome, Reject> {
-    // Before the change, which may take away what tells it.
-    let touched = touched(state, body);
+fn change(state: &mut ClusterState, body: &CommandBody, touched: &Touched, effects: &mut Vec<Effect>) -> Result<Outcome, Reject> {
     match body {
         CommandBody::AnnouncePeer { peer, info } => announce_peer(state, *peer, info)?,
         CommandBody::ChangeMembers(change) => members::change(state, change, effects)?,
@@ -90,23 +92,27 @@ fn change(state: &mut ClusterState, body: &CommandBody, effects: &mut Vec<Effect
         CommandBody::ReportReplicas { worker, incarnation, replicas } => report(state, worker, *incarnation, replicas)?,
         CommandBody::RaiseLevel { level } => level::raise(state, *level),
     }
-    touched.iter().for_each(|name| deployments::settle(state, name));
+    // A deployment sees to it itself. A command may only end waits of what it is about, so that it costs as much as that.
+    touched.models.iter().for_each(|name| deployments::settle(state, name));
     Ok(Outcome::Done { epoch: state.epoch })
 }
 
-/// The models, by name, for which a command may end a wait. Those of all others are as settled as they were before it, so that
-/// a command costs as much as what it is about.
-fn touched(state: &ClusterState, body: &CommandBody) -> BTreeSet<String> {
-    let on = |worker: &WorkerId| state.replicas_on(worker).map(|(id, _)| id.model.clone()).collect();
-    let of = |moves: &[&Vec<ReplicaId>]| moves.iter().flat_map(|ids| ids.iter()).map(|id| id.model.clone()).collect();
+/// What a command is about: beyond that it ends no wait, and changes nothing that a router is told.
+fn touched(state: &ClusterState, body: &CommandBody) -> Touched {
+    let models = |names: &[&String]| Touched { models: names.iter().copied().cloned().collect(), ..Touched::default() };
+    let of = |moves: &[&Vec<ReplicaId>]| models(&moves.iter().flat_map(|ids| ids.iter()).map(|id| &id.model).collect::<Vec<_>>());
+    let on = |worker: &WorkerId| Touched {
+        workers: BTreeSet::from([worker.clone()]),
+        ..models(&state.replicas_on(worker).map(|(id, _)| &id.model).collect::<Vec<_>>())
+    };
     match body {
-        CommandBody::AnnouncePeer { .. }
-        | CommandBody::ChangeMembers(_)
-        | CommandBody::SetLabels { .. }
-        | CommandBody::RaiseLevel { .. } => BTreeSet::new(),
-        // They see to it themselves.
-        CommandBody::Deploy(_) | CommandBody::DeploySet(_) => BTreeSet::new(),
-        CommandBody::Undeploy { name } | CommandBody::UndeployVersion { name, .. } => BTreeSet::from([name.clone()]),
+        // The coordinators' addresses are told with every change.
+        CommandBody::AnnouncePeer { .. } | CommandBody::ChangeMembers(_) | CommandBody::RaiseLevel { .. } => Touched::default(),
+        CommandBody::Deploy(spec) => models(&[&spec.name]),
+        CommandBody::DeploySet(set) => models(&[&set.name]),
+        CommandBody::SetLabels { name, .. } | CommandBody::Undeploy { name } | CommandBody::UndeployVersion { name, .. } => {
+            models(&[name])
+        }
         CommandBody::RegisterWorker(registration) => on(&registration.worker),
         CommandBody::DrainWorker { worker, .. }
         | CommandBody::MarkDead { worker, .. }
@@ -114,7 +120,7 @@ fn touched(state: &ClusterState, body: &CommandBody) -> BTreeSet<String> {
         CommandBody::Place { add, remove, .. } => of(&[add, remove]),
         CommandBody::Rearrange { relieve, add, remove, .. } => of(&[relieve, add, remove]),
         CommandBody::Evict { evict, relieve, add, remove, .. } => of(&[evict, relieve, add, remove]),
-        CommandBody::ReportReplicas { replicas, .. } => replicas.iter().map(|report| report.model.clone()).collect(),
+        CommandBody::ReportReplicas { replicas, .. } => models(&replicas.iter().map(|report| &report.model).collect::<Vec<_>>()),
     }
 }
 
@@ -135,6 +141,25 @@ fn announce_peer(state: &mut ClusterState, peer: PeerId, info: &PeerInfo) -> Res
     state.peers.insert(peer, info.clone());
     advance(state);
     Ok(())
+}
+
+/// Whether the state holds this very life, so that there is nothing to agree on when it registers again.
+pub fn is_registered(state: &ClusterState, registration: &Registration) -> bool {
+    let known = state.workers.get(&registration.worker);
+    known.is_some_and(|worker| !worker.state.is_over() && *worker == lives(registration, worker.state))
+}
+
+fn lives(registration: &Registration, state: WorkerState) -> Worker {
+    Worker {
+        incarnation: registration.incarnation,
+        incarnation_floor: registration.incarnation,
+        grpc_address: registration.grpc_address.clone(),
+        http_address: registration.http_address.clone(),
+        zone: registration.zone.clone(),
+        devices: registration.devices.clone(),
+        tags: registration.tags.clone(),
+        state,
+    }
 }
 
 fn register(state: &mut ClusterState, registration: &Registration, effects: &mut Vec<Effect>) -> Result<(), Reject> {
@@ -160,17 +185,8 @@ fn register(state: &mut ClusterState, registration: &Registration, effects: &mut
         forget_longest_dead(state)?;
     }
     let same_life = known.as_ref().is_some_and(|worker| worker.incarnation == *incarnation);
-    let next = Worker {
-        incarnation: *incarnation,
-        incarnation_floor: *incarnation,
-        grpc_address: registration.grpc_address.clone(),
-        http_address: registration.http_address.clone(),
-        zone: registration.zone.clone(),
-        devices: registration.devices.clone(),
-        tags: registration.tags.clone(),
-        // The same life under a new leader: what it was told before still holds.
-        state: known.as_ref().filter(|_| same_life).map_or(WorkerState::Ready, |worker| worker.state),
-    };
+    // The same life under a new leader: what it was told before still holds.
+    let next = lives(registration, known.as_ref().filter(|_| same_life).map_or(WorkerState::Ready, |worker| worker.state));
     if known.as_ref() == Some(&next) {
         return Ok(());
     }
@@ -428,4 +444,4 @@ fn cut(text: &str, bytes_max: usize) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

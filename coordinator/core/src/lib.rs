@@ -22,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 pub mod apply;
+pub mod changes;
 pub mod claim;
 mod codec;
 pub mod command;

@@ -3,8 +3,9 @@
 //! Runs on the leader only. A verdict here is an opinion; it counts once `MarkDead` is committed, and until then it is
 //! repeated now and then. Time comes in as milliseconds of any clock that doesn't jump.
 //!
-//! Two things are never held against a worker: time before this leader began to listen, and time in which the leader
-//! itself stood still (a stopped process, a machine that slept).
+//! Three things are never held against a worker: time before this leader began to listen; time in which the leader itself
+//! stood still (a stopped process, a machine that slept); and that it hasn't found a new leader yet while it answers when it is
+//! asked, since after an election all the workers of a large cluster come at once.
 use std::collections::BTreeMap;
 
 use crate::{ClusterState, WorkerId, command::Cause, state::Incarnation};
@@ -20,18 +21,20 @@ pub struct Policy {
     pub doubt_ms: u64,
     /// A gap between two ticks from which on the leader itself is taken to have stood still.
     pub stall_ms: u64,
+    /// How long a worker that answers when asked may take to find a new leader.
+    pub return_ms: u64,
 }
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { timeout_ms: 2_500, repeat_ms: 1_000, doubt_ms: 1_500, stall_ms: 1_000 }
+        Self { timeout_ms: 2_500, repeat_ms: 1_000, doubt_ms: 1_500, stall_ms: 1_000, return_ms: 15_000 }
     }
 }
 
 /// What should be done about a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// Its connection broke: ask at its address whether it still lives, at once.
+    /// Its connection broke, or it hasn't come back to a new leader: ask at its address whether it still lives, at once.
     Probe {
         /// Whom to ask.
         worker: WorkerId,
@@ -62,6 +65,7 @@ pub enum Doubt {
 #[derive(Debug, Clone)]
 pub struct Liveness {
     policy: Policy,
+    begun_ms: u64,
     ticked_ms: u64,
     workers: BTreeMap<WorkerId, Watch>,
     /// The workers that were there when the leader began are known. Those that come later are new.
@@ -74,6 +78,8 @@ struct Watch {
     heard_ms: u64,
     /// No heartbeat of this life has come yet, and it began under this leader.
     is_joining: bool,
+    /// It was there before this leader, which hasn't heard of it.
+    is_awaited: bool,
     suspicion: Suspicion,
     /// When the last verdict was given.
     judged_ms: Option<u64>,
@@ -82,7 +88,7 @@ struct Watch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Suspicion {
     None,
-    /// The connection broke, and the probe isn't back yet.
+    /// It was asked, and the probe isn't back yet.
     Probing,
     /// The probe failed as well.
     Unreachable,
@@ -90,11 +96,16 @@ enum Suspicion {
 
 impl Watch {
     fn new(incarnation: Incarnation, now_ms: u64, is_joining: bool) -> Self {
-        Self { incarnation, heard_ms: now_ms, is_joining, suspicion: Suspicion::None, judged_ms: None }
+        Self { incarnation, heard_ms: now_ms, is_joining, is_awaited: false, suspicion: Suspicion::None, judged_ms: None }
     }
 
     fn heard(&mut self, now_ms: u64) {
         *self = Self::new(self.incarnation, now_ms.max(self.heard_ms), self.is_joining);
+    }
+
+    /// As if it had been heard, though it wasn't.
+    fn forgive(&mut self, now_ms: u64) {
+        *self = Self { is_awaited: self.is_awaited, ..Self::new(self.incarnation, now_ms.max(self.heard_ms), self.is_joining) };
     }
 
     fn doubt(&self, now_ms: u64, doubt_ms: u64) -> Option<Doubt> {
@@ -119,7 +130,7 @@ impl Watch {
 impl Liveness {
     /// Begins to listen. A new leader knows nothing, so every worker has a full timeout from the moment it is followed.
     pub fn new(policy: Policy, now_ms: u64) -> Self {
-        Self { policy, ticked_ms: now_ms, workers: BTreeMap::new(), has_begun: false }
+        Self { policy, begun_ms: now_ms, ticked_ms: now_ms, workers: BTreeMap::new(), has_begun: false }
     }
 
     /// Brings the list of workers in line with the committed state: new lives are listened for from now on, dead and unknown
@@ -128,7 +139,10 @@ impl Liveness {
         let alive = |id: &WorkerId| state.workers.get(id).filter(|worker| !worker.state.is_over());
         self.workers.retain(|id, watch| alive(id).is_some_and(|worker| worker.incarnation <= watch.incarnation));
         for (id, worker) in state.workers.iter().filter(|(_, worker)| !worker.state.is_over()) {
-            self.workers.entry(id.clone()).or_insert_with(|| Watch::new(worker.incarnation, now_ms, self.has_begun));
+            let is_new = self.has_begun;
+            self.workers
+                .entry(id.clone())
+                .or_insert_with(|| Watch { is_awaited: !is_new, ..Watch::new(worker.incarnation, now_ms, is_new) });
         }
         self.has_begun = true;
     }
@@ -202,12 +216,16 @@ impl Liveness {
         }
     }
 
-    /// The worker answered a probe. Only its connection broke; it has the rest of its timeout to come back.
-    pub fn probe_ok(&mut self, worker: &WorkerId, incarnation: Incarnation) {
+    /// The worker answered a probe. Only its connection broke: it has the rest of its timeout to come back. One that hasn't found a
+    /// new leader yet has a whole one.
+    pub fn probe_ok(&mut self, worker: &WorkerId, incarnation: Incarnation, now_ms: u64) {
         if let Some(watch) = self.watch(worker, incarnation)
             && watch.suspicion == Suspicion::Probing
         {
             watch.suspicion = Suspicion::None;
+            if watch.is_awaited {
+                watch.heard_ms = now_ms.max(watch.heard_ms);
+            }
         }
     }
 
@@ -217,13 +235,22 @@ impl Liveness {
         self.ticked_ms = now_ms.max(self.ticked_ms);
         if stalled {
             // What was said in the meantime hasn't been read yet.
-            self.workers.values_mut().for_each(|watch| watch.heard(now_ms));
+            self.workers.values_mut().for_each(|watch| watch.forgive(now_ms));
             return Vec::new();
         }
-        let Policy { timeout_ms, repeat_ms, .. } = self.policy;
+        let Policy { timeout_ms, repeat_ms, return_ms, .. } = self.policy;
+        let may_return = now_ms.saturating_sub(self.begun_ms) < return_ms;
         let mut verdicts = Vec::new();
         for (worker, watch) in &mut self.workers {
             let Some(cause) = watch.cause(now_ms, timeout_ms) else { continue };
+            if watch.is_awaited && may_return && watch.suspicion != Suspicion::Unreachable {
+                // It is asked first, once at a time.
+                if watch.suspicion == Suspicion::None {
+                    watch.suspicion = Suspicion::Probing;
+                    verdicts.push(Verdict::Probe { worker: worker.clone(), incarnation: watch.incarnation });
+                }
+                continue;
+            }
             if watch.judged_ms.is_some_and(|judged_ms| now_ms.saturating_sub(judged_ms) < repeat_ms) {
                 continue;
             }
@@ -293,7 +320,7 @@ mod tests {
         let probe = vec![Verdict::Probe { worker: w("w1"), incarnation: 7 }];
         assert_eq!(liveness.doubted(&w("w1"), 7, 2_500), probe);
         assert_eq!(liveness.doubted(&w("w1"), 7, 2_600), vec![], "one probe at a time");
-        liveness.probe_ok(&w("w1"), 7);
+        liveness.probe_ok(&w("w1"), 7, 2_650);
         assert_eq!(liveness.doubted(&w("w1"), 7, 2_700), probe);
         assert_eq!(liveness.probe_failed(&w("w1"), 7, 2_800), dead("w1", 7, Cause::Unreachable));
     }
@@ -303,7 +330,7 @@ mod tests {
         let mut liveness = Liveness::new(Policy::default(), 0);
         liveness.registered(&w("w1"), 7, 0);
         liveness.connection_lost(&w("w1"), 7);
-        liveness.probe_ok(&w("w1"), 7);
+        liveness.probe_ok(&w("w1"), 7, 50);
         assert_eq!(ticks(&mut liveness, 100, 2_400), vec![]);
         assert_eq!(liveness.tick(2_500), dead("w1", 7, Cause::Silence));
     }
@@ -338,6 +365,42 @@ mod tests {
         liveness.follow(&state, 1_000_000);
         assert_eq!(ticks(&mut liveness, 1_000_100, 1_002_400), vec![]);
         assert_eq!(liveness.tick(1_002_500).len(), 2);
+    }
+
+    #[test]
+    fn one_that_has_not_found_a_new_leader_is_asked_before_it_is_judged() {
+        let mut liveness = Liveness::new(Policy::default(), 0);
+        liveness.follow(&registered(&["w1", "w2", "w3"]), 0);
+        liveness.heartbeat(&w("w3"), 1, 1_000);
+        let probe = |name: &str| Verdict::Probe { worker: w(name), incarnation: 1 };
+        assert_eq!(ticks(&mut liveness, 100, 2_600), [(2_500, probe("w1")), (2_500, probe("w2"))], "each once");
+        liveness.probe_ok(&w("w1"), 1, 2_600);
+        assert_eq!(liveness.probe_failed(&w("w2"), 1, 2_600), dead("w2", 1, Cause::Unreachable));
+        liveness.heartbeat(&w("w3"), 1, 3_400);
+        let later = ticks(&mut liveness, 2_700, 5_100);
+        let again = dead("w2", 1, Cause::Unreachable).remove(0);
+        assert_eq!(later, [(3_600, again.clone()), (4_600, again), (5_100, probe("w1"))], "a whole timeout for w1");
+        // It was heard here: from now on silence is silence.
+        assert_eq!(ticks(&mut liveness, 5_200, 5_900).pop(), Some((5_900, dead("w3", 1, Cause::Silence).remove(0))));
+        liveness.heartbeat(&w("w1"), 1, 6_000);
+        let silent = (8_500, dead("w1", 1, Cause::Silence).remove(0));
+        assert!(ticks(&mut liveness, 6_100, 8_500).contains(&silent));
+    }
+
+    #[test]
+    fn one_that_answers_and_never_comes_is_judged_at_last() {
+        let mut liveness = Liveness::new(Policy::default(), 0);
+        liveness.follow(&registered(&["w1"]), 0);
+        let mut judged = None;
+        for now in (100..30_000).step_by(100) {
+            for verdict in liveness.tick(now) {
+                match verdict {
+                    Verdict::Probe { worker, incarnation } => liveness.probe_ok(&worker, incarnation, now),
+                    Verdict::Dead { cause, .. } => judged = judged.or(Some((now, cause))),
+                }
+            }
+        }
+        assert_eq!(judged, Some((15_000, Cause::Silence)));
     }
 
     #[test]
@@ -385,7 +448,7 @@ mod tests {
         liveness.heartbeat(&w("w1"), 2, 1_900);
         liveness.connection_lost(&w("w1"), 2);
         assert_eq!(doubts(&liveness, 1_900), [("w1".into(), Doubt::Suspect)]);
-        liveness.probe_ok(&w("w1"), 2);
+        liveness.probe_ok(&w("w1"), 2, 1_950);
         assert_eq!(doubts(&liveness, 1_900), []);
     }
 

@@ -1,12 +1,15 @@
 //! What routers and workers are told.
 //!
 //! Both are views of the state, computed anew whenever the epoch grows; nobody keeps them.
+use std::collections::{BTreeMap, BTreeSet};
+
 use bytes::Bytes;
 
 use crate::{
     PeerId, WorkerId,
+    changes::Touched,
     placement::Shard,
-    state::{ClusterState, Deployment, Epoch, Generation, Incarnation, ModelKey, Replica},
+    state::{ClusterState, Deployment, Epoch, Generation, Incarnation, ModelKey, Replica, Worker},
 };
 
 /// Who serves what.
@@ -50,33 +53,85 @@ pub struct WorkerRoute {
     pub zone: String,
 }
 
+/// What is new to somebody who has the table of an epoch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum News {
+    /// Nothing.
+    Nothing,
+    /// This, and nothing else.
+    Changes(RouteChanges),
+    /// So much, or since so long ago, that it takes the whole table.
+    Everything,
+}
+
+/// What changed in a table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteChanges {
+    /// The epoch of the table in which it did; 0 of the empty one, with which a cluster begins.
+    pub since: Epoch,
+    /// Models, by name, of which anything may have changed: all that the old table has of them is void.
+    pub models: BTreeSet<String>,
+    /// Workers of which the same is true.
+    pub workers: BTreeSet<WorkerId>,
+    /// What there is now of these models and workers. The coordinators are all.
+    pub table: RouteTable,
+}
+
 /// The routes of a state.
 pub fn routes(state: &ClusterState) -> RouteTable {
-    let models = state.models.iter().map(|(key, deployment)| {
-        let (generation, config) = told(state, key, deployment);
-        let shards = (0..deployment.shards).map(|shard| serving(state, key, shard, |_| true)).collect();
-        ModelRoute { key: key.clone(), generation, config: config.clone(), shards }
-    });
-    let labels = state
-        .labels
-        .iter()
-        .flat_map(|(model, labels)| labels.iter().map(|(label, version)| (model.clone(), label.clone(), *version)));
-    let alive = state.workers.iter().filter(|(_, worker)| !worker.state.is_over());
-    let workers = alive.map(|(id, worker)| WorkerRoute {
+    let labels = state.labels.iter().flat_map(|(model, labels)| labels_of(model, labels));
+    RouteTable {
+        epoch: state.epoch,
+        models: state.models.iter().map(|(key, deployment)| model_route(state, key, deployment)).collect(),
+        labels: labels.collect(),
+        workers: state.workers.iter().filter_map(|(id, worker)| worker_route(id, worker)).collect(),
+        coordinators: coordinators(state),
+    }
+}
+
+/// What is new in a state to somebody who has the table of the epoch `known`.
+pub fn news(state: &ClusterState, known: Epoch) -> News {
+    if known >= state.epoch {
+        return News::Nothing;
+    }
+    let Some(Touched { models, workers }) = state.changes.since(known) else { return News::Everything };
+    let labels = models.iter().filter_map(|name| state.labels.get(name).map(|labels| labels_of(name, labels)));
+    let versions = models.iter().flat_map(|name| state.versions(name));
+    let known_workers = workers.iter().filter_map(|id| state.workers.get(id).map(|worker| (id, worker)));
+    let table = RouteTable {
+        epoch: state.epoch,
+        models: versions.map(|(key, deployment)| model_route(state, key, deployment)).collect(),
+        labels: labels.flatten().collect(),
+        workers: known_workers.filter_map(|(id, worker)| worker_route(id, worker)).collect(),
+        coordinators: coordinators(state),
+    };
+    News::Changes(RouteChanges { since: known, models, workers, table })
+}
+
+fn model_route(state: &ClusterState, key: &ModelKey, deployment: &Deployment) -> ModelRoute {
+    let (generation, config) = told(state, key, deployment);
+    let shards = (0..deployment.shards).map(|shard| serving(state, key, shard, |_| true)).collect();
+    ModelRoute { key: key.clone(), generation, config: config.clone(), shards }
+}
+
+fn labels_of<'a>(model: &'a str, labels: &'a BTreeMap<String, u64>) -> impl Iterator<Item = (String, String, u64)> + 'a {
+    labels.iter().map(move |(label, version)| (model.to_owned(), label.clone(), *version))
+}
+
+/// None of one that is dead.
+fn worker_route(id: &WorkerId, worker: &Worker) -> Option<WorkerRoute> {
+    (!worker.state.is_over()).then(|| WorkerRoute {
         worker: id.clone(),
         incarnation: worker.incarnation,
         grpc_address: worker.grpc_address.clone(),
         zone: worker.zone.clone(),
-    });
-    // One that was just added hasn't said where it is.
-    let coordinators = state.peers.iter().filter(|(_, peer)| !peer.grpc_address.is_empty());
-    RouteTable {
-        epoch: state.epoch,
-        models: models.collect(),
-        labels: labels.collect(),
-        workers: workers.collect(),
-        coordinators: coordinators.map(|(id, peer)| (*id, peer.grpc_address.clone())).collect(),
-    }
+    })
+}
+
+/// One that was just added hasn't said where it is.
+fn coordinators(state: &ClusterState) -> Vec<(PeerId, String)> {
+    let known = state.peers.iter().filter(|(_, peer)| !peer.grpc_address.is_empty());
+    known.map(|(id, peer)| (*id, peer.grpc_address.clone())).collect()
 }
 
 /// What a model is to its callers: the newest deployment, unless only replicas of the one before answer.

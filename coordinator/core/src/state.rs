@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use self::replicas::Replicas;
 use crate::{
     PeerId, WorkerId,
+    changes::Changes,
     claim::Claim,
     codec::blob,
     command::{CommandId, Outcome},
@@ -71,6 +72,9 @@ pub struct ClusterState {
     pub replicas: Replicas,
     /// Answers to recent commands.
     pub remembered: Remembered,
+    /// What lately changed for routers.
+    #[serde(skip)]
+    pub changes: Changes,
 }
 
 impl ClusterState {
@@ -100,7 +104,7 @@ impl ClusterState {
         }
     }
 
-    /// A copy that remembers no answers, which would be most of it in a cluster of usual size. Nothing may be applied to it.
+    /// A copy that remembers no answers and no changes, which would be most of it in a cluster of usual size. Nothing may be applied to it.
     #[must_use]
     pub fn without_answers(&self) -> Self {
         Self {
@@ -118,6 +122,7 @@ impl ClusterState {
             labels: self.labels.clone(),
             replicas: self.replicas.clone(),
             remembered: Remembered::default(),
+            changes: Changes::default(),
         }
     }
 

@@ -4,7 +4,7 @@ use cresset_proto::{fleet::v1 as fleet, ids::IdError};
 
 use crate::{
     command::{Registration, ReplicaReport},
-    routes::{Assignment, ModelRoute, RouteTable, WorkerRoute},
+    routes::{Assignment, ModelRoute, RouteChanges, RouteTable, WorkerRoute},
     state::{Device, Epoch, Replica, ReplicaId, ReplicaState},
 };
 
@@ -16,6 +16,18 @@ impl From<&RouteTable> for fleet::WatchResponse {
             workers: table.workers.iter().map(fleet::WorkerRoute::from).collect(),
             labels: table.labels.iter().map(label).collect(),
             coordinator_grpc_addresses: table.coordinators.iter().map(|(_, address)| address.clone()).collect(),
+            ..Self::default()
+        }
+    }
+}
+
+impl From<&RouteChanges> for fleet::WatchResponse {
+    fn from(changes: &RouteChanges) -> Self {
+        Self {
+            since_epoch: changes.since,
+            models_changed: changes.models.iter().cloned().collect(),
+            workers_changed: changes.workers.iter().map(ToString::to_string).collect(),
+            ..Self::from(&changes.table)
         }
     }
 }

@@ -12,7 +12,7 @@ use cresset_core::{
     level::{Level, Needs},
     members::MemberChange,
 };
-use tokio::sync::{broadcast, watch};
+use tokio::sync::broadcast;
 use tracing::{debug, error, info, warn};
 
 use super::{
@@ -21,8 +21,9 @@ use super::{
     inbox::{Arrivals, Input},
     log::LogStore,
     machine::{Answer, Shared},
-    node::{Envelope, Node, NodeError, NotTaken, RaftStatus, Refusal, Role, Sink},
+    node::{Envelope, Node, NodeError, NotTaken, Refusal, Role, Sink},
     pending::{Pending, ProposeReply, Reads},
+    published::Published,
     settings::Settings,
     space::Space,
     transport::Links,
@@ -34,22 +35,6 @@ const BATCH_INPUTS_MAX: usize = 256;
 const HAND_OVER_AGAIN: Duration = Duration::from_secs(30);
 /// How often the log may do work that needs no batch, and callers that hung up are forgotten.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
-
-/// How far the state has come.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Applied {
-    /// The last applied entry.
-    pub index: u64,
-    /// The state's epoch.
-    pub epoch: u64,
-}
-
-/// What a driver tells the rest of the process.
-pub(super) struct Published {
-    pub(super) raft: watch::Sender<RaftStatus>,
-    pub(super) applied: watch::Sender<Applied>,
-    pub(super) effects: broadcast::Sender<(u64, Effect)>,
-}
 
 /// The owner of the node.
 pub(super) struct Driver<L: LogStore> {
@@ -297,7 +282,7 @@ impl<L: LogStore> Driver<L> {
         let node = &mut self.node;
         self.outbox.reads.ask(|context| node.read_index(context));
         node.on_ready(&mut self.outbox)?;
-        if node.status().applied != self.published.applied.borrow().index {
+        if node.status().applied != self.published.last().applied {
             self.outbox.links.follow(&node.machine().state().read());
         }
         for lost in std::mem::take(&mut self.outbox.lost) {
@@ -315,11 +300,7 @@ impl<L: LogStore> Driver<L> {
 
     fn publish(&mut self) {
         let now = self.node.status();
-        let before = *self.published.raft.borrow();
-        if before.applied != now.applied {
-            let epoch = self.node.machine().state().read().epoch;
-            self.published.applied.send_replace(Applied { index: now.applied, epoch });
-        }
+        let before = self.published.last();
         if before == now {
             return;
         }
@@ -332,7 +313,8 @@ impl<L: LogStore> Driver<L> {
             self.outbox.pending.lost_leadership(now.leader);
             self.outbox.reads.fail(&ReadRefused::NotLeader { leader: now.leader });
         }
-        self.published.raft.send_replace(now);
+        let epoch = self.node.machine().state().read().epoch;
+        self.published.tell(now, epoch);
     }
 }
 

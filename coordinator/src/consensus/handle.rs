@@ -1,7 +1,7 @@
 //! What the rest of a coordinator holds of consensus: a cheap handle that proposes, reads and watches.
 use std::{collections::BTreeMap, future::Future, pin::pin, sync::Arc, thread, time::Duration};
 
-use cresset_core::{ClusterState, Command, CommandBody, Effect, Outcome, PeerId, level::Level};
+use cresset_core::{ClusterState, Command, CommandBody, Effect, Outcome, PeerId, level::Level, state::Epoch};
 use cresset_proto::raft::v1::{
     ProposeRequest, ReadIndexRequest, TransferLeadershipRequest, raft_service_client::RaftServiceClient,
 };
@@ -15,11 +15,11 @@ use tonic::{Request, transport::Channel};
 
 use super::{
     announced::{Announced, Heard},
-    driver::Applied,
     error::{ProposeError, ReadError, ReadRefused, TransferError},
     inbox::{Inbox, Input, NotQueued},
     machine::Shared,
     node::{MemberSeen, NodeError, NotTaken, RaftStatus},
+    published::{Applied, Leadership, Watched},
     transport::{Contacts, REQUEST_BYTES_MAX, jittered},
 };
 
@@ -44,9 +44,7 @@ pub(super) struct Inner {
     pub(super) announced: Announced,
     pub(super) shared: Shared,
     pub(super) contacts: Contacts,
-    pub(super) raft: watch::Receiver<RaftStatus>,
-    pub(super) applied: watch::Receiver<Applied>,
-    pub(super) effects: broadcast::Sender<(u64, Effect)>,
+    pub(super) watched: Watched,
     pub(super) shutdown: CancellationToken,
 }
 
@@ -250,18 +248,28 @@ impl Consensus {
 
     /// How far the state has come.
     pub fn applied(&self) -> watch::Receiver<Applied> {
-        self.inner.applied.clone()
+        self.inner.watched.applied.clone()
+    }
+
+    /// The state's epoch: what workers and routers are told. Most entries change none.
+    pub fn epoch(&self) -> watch::Receiver<Epoch> {
+        self.inner.watched.epoch.clone()
     }
 
     /// Where this peer stands.
     pub fn raft(&self) -> watch::Receiver<RaftStatus> {
-        self.inner.raft.clone()
+        self.inner.watched.raft.clone()
+    }
+
+    /// Who leads, as this peer knows it.
+    pub fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.inner.watched.leadership.clone()
     }
 
     /// What commands change, with their index, from now on. A receiver that is too slow misses some and is told so; it
     /// must look at [`state`](Self::state) then.
     pub fn effects(&self) -> broadcast::Receiver<(u64, Effect)> {
-        self.inner.effects.subscribe()
+        self.inner.watched.effects.subscribe()
     }
 
     /// What the leader knows of each member; nothing if this peer doesn't lead.

@@ -30,6 +30,7 @@ mod log;
 mod machine;
 mod node;
 mod pending;
+mod published;
 mod salvage;
 mod service;
 mod settings;
@@ -43,10 +44,9 @@ use std::thread;
 
 use cresset_core::{ClusterState, PeerId};
 use rand::Rng as _;
-use tokio::sync::{broadcast, oneshot, watch};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-pub use driver::Applied;
 pub use engine_log::EngineLog;
 pub use error::{ProposeError, ReadError, StartError, TransferError};
 pub use guard::Refused;
@@ -54,6 +54,7 @@ pub use handle::{Consensus, DriverHandle};
 pub use log::{Batch, LogError, LogStore, MemoryLog, Stored};
 pub use machine::{Answer, Shared, StateMachine};
 pub use node::{ElectionDraw, Envelope, MemberSeen, Node, NodeError, NotTaken, RaftStatus, Refusal, Role, Round, Sink};
+pub use published::{Applied, Leadership};
 pub use salvage::{Salvaged, owner, salvage};
 pub use service::{PeerService, RaftServer};
 pub use settings::{COMMAND_BYTES_MAX, Problem, SNAPSHOT_BYTES_MAX, Settings};
@@ -86,11 +87,7 @@ pub fn start(settings: &Settings, mut initial: ClusterState) -> Result<(Consensu
 
     let (inbox, arrivals) = inbox::Inbox::new();
     let shutdown = CancellationToken::new();
-    let (raft_sender, raft) = watch::channel(node.status());
-    let started = Applied { index: node.status().applied, epoch: shared.state().read().epoch };
-    let (applied_sender, applied) = watch::channel(started);
-    let (effects, _) = broadcast::channel(EFFECTS_MAX);
-    let published = driver::Published { raft: raft_sender, applied: applied_sender, effects: effects.clone() };
+    let (published, watched) = published::Published::new(node.status(), shared.state().read().epoch, EFFECTS_MAX);
     let links = transport::Links::spawn(settings, &inbox, &shutdown);
     let contacts = links.contacts();
     let announced = announced::Announced::default();
@@ -115,9 +112,7 @@ pub fn start(settings: &Settings, mut initial: ClusterState) -> Result<(Consensu
         announced,
         shared,
         contacts,
-        raft,
-        applied,
-        effects,
+        watched,
         shutdown: shutdown.clone(),
     });
     let server = service::server(consensus.clone(), inbox, shutdown);

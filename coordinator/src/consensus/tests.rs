@@ -13,7 +13,7 @@ use cresset_core::{
     state::PeerInfo,
 };
 use cresset_proto::raft::v1::{DeliverRequest, ReadIndexRequest, raft_service_client::RaftServiceClient};
-use tokio::{runtime::Runtime, sync::watch, time::Instant};
+use tokio::{runtime::Runtime, time::Instant};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Code, transport::Server};
 
@@ -381,10 +381,8 @@ async fn a_disk_that_fails_ends_the_driver_and_leaves_no_caller_behind() {
     let log = Failing { log: MemoryLog::default(), writes_left: 40 };
     let node = Node::new(&settings, log, shared, Box::new(|_| 6), &tracing_drain::logger()).unwrap();
     let (inbox, arrivals) = inbox::Inbox::new();
-    let (raft, mut status) = watch::channel(node.status());
-    let (applied, _) = watch::channel(Applied::default());
-    let (effects, _) = broadcast::channel(8);
-    let published = driver::Published { raft, applied, effects };
+    let (published, watched) = published::Published::new(node.status(), 0, 8);
+    let mut status = watched.raft;
     let links = transport::Links::spawn(&settings, &inbox, &CancellationToken::new());
     let driver = driver::Driver::new(node, arrivals, links, published, announced::Announced::default(), &settings);
     let thread = thread::spawn(move || driver.run());

@@ -1,17 +1,12 @@
 //! What the leader's duties need of consensus, and nothing else of it: so they can be tested without a log or a network.
-use std::{
-    collections::BTreeMap,
-    fmt::Display,
-    future::{Future, ready},
-    time::Duration,
-};
+use std::{collections::BTreeMap, fmt::Display, future::Future, time::Duration};
 
 use cresset_core::{ClusterState, Command, CommandBody, CommandId, Outcome, PeerId, level::Level, state::Epoch};
-use futures::{Stream, StreamExt, stream::BoxStream};
+use futures::{StreamExt, stream::BoxStream};
 use tokio::time::Instant;
 use tokio_stream::wrappers::WatchStream;
 
-use crate::consensus::{self, Consensus, ProposeError, RaftStatus, ReadError};
+use crate::consensus::{self, Consensus, Leadership, ProposeError, ReadError};
 
 /// Who leads, as this coordinator knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -91,31 +86,25 @@ impl Cluster for Consensus {
     }
 
     fn role(&self) -> Role {
-        Role::from(&*self.raft().borrow())
+        Role::from(&*self.leadership().borrow())
     }
 
     fn roles(&self) -> BoxStream<'static, Role> {
-        distinct(WatchStream::new(self.raft()).map(|status| Role::from(&status)))
+        WatchStream::new(self.leadership()).map(|leadership| Role::from(&leadership)).boxed()
     }
 
     fn epochs(&self) -> BoxStream<'static, Epoch> {
-        distinct(WatchStream::new(self.applied()).map(|applied| applied.epoch))
+        WatchStream::new(self.epoch()).boxed()
     }
 
     fn indexes(&self) -> BoxStream<'static, u64> {
-        distinct(WatchStream::new(self.applied()).map(|applied| applied.index))
+        WatchStream::new(self.applied()).map(|applied| applied.index).boxed()
     }
 }
 
-impl From<&RaftStatus> for Role {
-    fn from(status: &RaftStatus) -> Self {
-        let leads = status.role == consensus::Role::Leader;
-        Self { term: status.term, leads, leader: status.leader.map(PeerId) }
+impl From<&Leadership> for Role {
+    fn from(leadership: &Leadership) -> Self {
+        let leads = leadership.role == consensus::Role::Leader;
+        Self { term: leadership.term, leads, leader: leadership.leader.map(PeerId) }
     }
-}
-
-/// Leaves out what is the same as the item before.
-fn distinct<T: Copy + PartialEq + Send + 'static>(items: impl Stream<Item = T> + Send + 'static) -> BoxStream<'static, T> {
-    let mut last = None;
-    items.filter(move |item| ready(last.replace(*item) != Some(*item))).boxed()
 }

@@ -11,7 +11,7 @@ pub mod fleet;
 pub mod probe;
 pub mod sessions;
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use cresset_core::{
     CommandBody, Outcome, WorkerId,
@@ -19,11 +19,11 @@ use cresset_core::{
     level::{self, LEVEL_REMOVE_WORKER},
     liveness::{self, Doubt, Liveness, Verdict},
     placement::{self, Plan},
-    state::{Incarnation, WorkerState},
+    state::{Epoch, Incarnation, WorkerState},
 };
 use futures::StreamExt;
 use tokio::{
-    sync::mpsc,
+    sync::{Semaphore, mpsc},
     task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout},
 };
@@ -43,8 +43,8 @@ const EVENTS_MAX: usize = 1_024;
 const PLAN_PAUSE: Duration = Duration::from_millis(5);
 /// Moves in one command; the rest of a plan follows when it is applied.
 const MOVES_PER_COMMAND_MAX: usize = 1_000;
-/// From the end of a plan to the next one, as a multiple of what it took: planning takes half a core at most.
-const PLAN_PAUSES: u32 = 1;
+/// Workers that are asked at once whether they live.
+const PROBES_MAX: usize = 64;
 
 /// How the duties are done.
 #[derive(Debug, Clone)]
@@ -185,6 +185,9 @@ struct Term<'a, C> {
     term: u64,
     liveness: Liveness,
     tasks: JoinSet<Done>,
+    probes: Arc<Semaphore>,
+    /// The epoch whose workers are listened for.
+    followed: Option<Epoch>,
     /// The state or the workers' memory changed since the last plan.
     plan_due: bool,
     /// Replicas are missing that more memory could place.
@@ -209,6 +212,8 @@ impl<'a, C: Cluster> Term<'a, C> {
             term,
             liveness,
             tasks: JoinSet::new(),
+            probes: Arc::new(Semaphore::new(PROBES_MAX)),
+            followed: None,
             plan_due: true,
             short: false,
             placing: false,
@@ -309,7 +314,12 @@ impl<'a, C: Cluster> Term<'a, C> {
 
     fn follow(&mut self) {
         let now_ms = self.leader.now_ms();
-        self.leader.cluster.read(|state| self.liveness.follow(state, now_ms));
+        self.leader.cluster.read(|state| {
+            // Whoever comes or goes makes the epoch grow.
+            if self.followed.replace(state.epoch) != Some(state.epoch) {
+                self.liveness.follow(state, now_ms);
+            }
+        });
         self.plan_due = true;
     }
 
@@ -338,7 +348,9 @@ impl<'a, C: Cluster> Term<'a, C> {
 
     fn on_done(&mut self, done: Result<Done, tokio::task::JoinError>) {
         match done {
-            Ok(Done::Probed { worker, incarnation, answered: true }) => self.liveness.probe_ok(&worker, incarnation),
+            Ok(Done::Probed { worker, incarnation, answered: true }) => {
+                self.liveness.probe_ok(&worker, incarnation, self.leader.now_ms());
+            }
             Ok(Done::Probed { worker, incarnation, answered: false }) => {
                 let verdicts = self.liveness.probe_failed(&worker, incarnation, self.leader.now_ms());
                 self.act(verdicts);
@@ -348,8 +360,8 @@ impl<'a, C: Cluster> Term<'a, C> {
             Ok(Done::Planned { short, took, then }) => {
                 (self.placing, self.short) = (false, short);
                 self.plan_due |= then != Then::Nothing;
-                // In a large cluster every report would cost a plan.
-                self.place_after = self.place_after.max(Instant::now() + took * PLAN_PAUSES);
+                // In a large cluster every report would cost a plan: planning takes half a core at most.
+                self.place_after = self.place_after.max(Instant::now() + took);
                 if then == Then::Failed {
                     self.place_after = Instant::now() + Duration::from_millis(self.leader.settings.retry_ms);
                 }
@@ -374,7 +386,10 @@ impl<'a, C: Cluster> Term<'a, C> {
         let address = self.leader.cluster.read(|state| state.workers.get(&worker).map(|known| known.grpc_address.clone()));
         let Some(address) = address else { return };
         let answer = (self.leader.probe)(address);
+        let probes = Arc::clone(&self.probes);
         self.tasks.spawn(async move {
+            // Too many at once, and the time that each has would go to the others.
+            let _turn = probes.acquire_owned().await;
             let answered = answer.await;
             tracing::info!(%worker, incarnation, answered, "probed a worker that is in doubt");
             Done::Probed { worker, incarnation, answered }

@@ -7,7 +7,7 @@ use std::{fmt::Display, pin::pin, time::Duration};
 
 use cresset_core::{
     ClusterState, CommandBody, Outcome, Reject, WorkerId,
-    apply::is_news,
+    apply::{is_news, is_registered},
     command::{MOVES_MAX, Registration, ReplicaReport, WORKERS_MAX},
     routes::{Assignment, assignments},
     state::{Epoch, Incarnation, ReplicaId, WorkerState},
@@ -119,17 +119,17 @@ where
     if !role.leads {
         return wire.redirect(&context.cluster, role).await;
     }
-    let body = CommandBody::RegisterWorker(registration);
-    let outcome = timeout(limit, context.cluster.propose(body)).await;
-    let outcome = outcome.map_err(|_| not_agreed("it took too long"))?.map_err(not_agreed)?;
-    let epoch = match outcome {
-        Outcome::Done { epoch } | Outcome::Deployed { epoch, .. } | Outcome::DeployedSet { epoch, .. } => epoch,
-        Outcome::Rejected(reject @ Reject::StaleIncarnation { incarnation_min, .. }) => {
-            tracing::info!(%worker, incarnation, %reject, "refused a past life");
-            let is_removed = context.cluster.read(|state| was_removed(state, &worker, incarnation));
-            return wire.fence(reject.to_string(), incarnation_min, is_removed).await;
-        }
-        Outcome::Rejected(reject) => return Err(Reason::Conflict.status(reject.to_string())),
+    // After an election every worker comes at once, and of most there is nothing to agree on.
+    let known = context.cluster.read(|state| is_registered(state, &registration).then_some(state.epoch));
+    let epoch = match known {
+        Some(epoch) => epoch,
+        None => match register(&context, registration, limit).await? {
+            Ok(epoch) => epoch,
+            Err(Past { reject, incarnation_min, is_removed }) => {
+                tracing::info!(%worker, incarnation, %reject, "refused a past life");
+                return wire.fence(reject.to_string(), incarnation_min, is_removed).await;
+            }
+        },
     };
     // Only a leader's state is sure to hold the registration by now.
     let role = context.cluster.role();
@@ -154,6 +154,33 @@ where
         session.tell(Event::Lost { worker, incarnation }).await;
     }
     ended.map(|_| ())
+}
+
+/// A life that is over.
+struct Past {
+    reject: Reject,
+    /// The smallest incarnation that is still accepted.
+    incarnation_min: Incarnation,
+    /// Whether it was taken out on purpose.
+    is_removed: bool,
+}
+
+/// Has a worker's life agreed on. Returns the epoch from which on it is.
+async fn register<C: Cluster>(
+    context: &Context<C>,
+    registration: Registration,
+    limit: Duration,
+) -> Result<Result<Epoch, Past>, Status> {
+    let (worker, incarnation) = (registration.worker.clone(), registration.incarnation);
+    let outcome = timeout(limit, context.cluster.propose(CommandBody::RegisterWorker(registration))).await;
+    match outcome.map_err(|_| not_agreed("it took too long"))?.map_err(not_agreed)? {
+        Outcome::Done { epoch } | Outcome::Deployed { epoch, .. } | Outcome::DeployedSet { epoch, .. } => Ok(Ok(epoch)),
+        Outcome::Rejected(reject @ Reject::StaleIncarnation { incarnation_min, .. }) => {
+            let is_removed = context.cluster.read(|state| was_removed(state, &worker, incarnation));
+            Ok(Err(Past { reject, incarnation_min, is_removed }))
+        }
+        Outcome::Rejected(reject) => Err(Reason::Conflict.status(reject.to_string())),
+    }
 }
 
 /// Whether this life was taken out on purpose: then it has no successor of its own accord.

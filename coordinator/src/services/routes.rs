@@ -22,6 +22,7 @@ use tokio::time::timeout;
 use tonic::{Request, Response, Status};
 
 use super::Context;
+use crate::tables::Takes;
 
 /// How long the leader may take to hear one.
 const REPORT_TIMEOUT: Duration = Duration::from_millis(500);
@@ -72,13 +73,12 @@ impl RoutesService for RouteWatch {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<WatchResponse, Status>> + Send>>;
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let known = request.into_inner().epoch;
-        // A caller that reads slowly skips tables: only the newest counts.
-        let changes = tokio_stream::wrappers::WatchStream::new(self.context.tables.clone());
+        let WatchRequest { epoch, takes_changes } = request.into_inner();
+        let takes = if takes_changes { Takes::Changes } else { Takes::Tables };
         let closing = self.context.closing.clone().cancelled_owned();
-        let newer = move |table: Arc<WatchResponse>| (table.epoch > known).then(|| Ok(WatchResponse::clone(&table)));
-        let tables = changes.filter_map(move |table| std::future::ready(newer(table))).take_until(closing);
-        Ok(Response::new(Box::pin(tables)))
+        // A caller that reads slowly is told less often, and then all that changed meanwhile.
+        let newer = self.context.tables.since(Some(epoch), takes).map(|table| Ok(Arc::unwrap_or_clone(table)));
+        Ok(Response::new(Box::pin(newer.take_until(closing))))
     }
 
     async fn report(&self, request: Request<ReportRequest>) -> Result<Response<ReportResponse>, Status> {

@@ -221,7 +221,23 @@ impl World {
         let Some(node) = &peer.node else { return };
         let state = &node.machine().state;
         duties.liveness.follow(state, clock_ms);
-        let verdicts = duties.liveness.tick(clock_ms);
+        let mut verdicts = duties.liveness.tick(clock_ms);
+        // A probe is a call there and back. It takes no time here.
+        for verdict in std::mem::take(&mut verdicts) {
+            let Verdict::Probe { worker, incarnation } = verdict else {
+                verdicts.push(verdict);
+                continue;
+            };
+            let reached = self.workers.iter().any(|(address, known)| {
+                let is_cut = self.network.is_cut(id, *address) || self.network.is_cut(*address, id);
+                known.id == worker && known.alive && !is_cut
+            });
+            if reached {
+                duties.liveness.probe_ok(&worker, incarnation, clock_ms);
+            } else {
+                verdicts.extend(duties.liveness.probe_failed(&worker, incarnation, clock_ms));
+            }
+        }
         let is_placing =
             duties.placing.is_some_and(|(command, until_ms)| state.remembered.get(&command).is_none() && clock_ms < until_ms);
         let raise = level::to_raise(state, &known);

@@ -360,13 +360,13 @@ fn replica_report() -> impl Strategy<Value = ReplicaReport> {
 
 /// A step of a history; what the leader would propose depends on the state, so it is named here and made later.
 #[derive(Debug, Clone)]
-enum Step {
+pub(crate) enum Step {
     Body(CommandBody),
     Plan,
     AllReady(WorkerId),
 }
 
-fn step() -> impl Strategy<Value = Step> {
+pub(crate) fn step() -> impl Strategy<Value = Step> {
     let causes = [Cause::Silence, Cause::Unreachable, Cause::Operator];
     let body = prop_oneof![
         (0..=3_u64, ".{0,3}").prop_map(|(peer, address)| CommandBody::AnnouncePeer {
@@ -401,7 +401,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![5 => body.prop_map(Step::Body), 2 => Just(Step::Plan), 2 => worker().prop_map(Step::AllReady)]
 }
 
-fn take(state: &mut ClusterState, step: &Step) -> Command {
+pub(crate) fn take(state: &mut ClusterState, step: &Step) -> Command {
     let body = match step {
         Step::Body(body) => body.clone(),
         Step::Plan => {

@@ -150,7 +150,7 @@ fn what_leaves_makes_room_in_the_same_plan() {
 }
 
 /// Deploys, deaths, returns and reports, as numbers.
-pub(super) fn history() -> impl Strategy<Value = Vec<(u8, u8, u8)>> {
+pub(crate) fn history() -> impl Strategy<Value = Vec<(u8, u8, u8)>> {
     vec((0..11_u8, 0..5_u8, 1..4_u8), 1..50)
 }
 
@@ -169,11 +169,28 @@ fn tagged(value: u8) -> Demands {
     Demands { tags: Tags::from([("t".into(), value.to_string())]), ..Demands::default() }
 }
 
+/// A cluster in which a history happens.
+pub(crate) struct Play {
+    pub(crate) state: ClusterState,
+    life: u64,
+}
+
+impl Default for Play {
+    fn default() -> Self {
+        Self { state: registered(&[]), life: 1 }
+    }
+}
+
 pub(super) fn play(steps: &[(u8, u8, u8)]) -> ClusterState {
-    let mut state = registered(&[]);
-    let mut life = 1;
-    for (kind, which, count) in steps {
-        life += 1;
+    let mut play = Play::default();
+    steps.iter().for_each(|step| play.step(step));
+    play.state
+}
+
+impl Play {
+    pub(crate) fn step(&mut self, (kind, which, count): &(u8, u8, u8)) {
+        self.life += 1;
+        let (state, life) = (&mut self.state, self.life);
         let worker = format!("w{which}");
         let incarnation = state.workers.get(&w(&worker)).map_or(1, |worker| worker.incarnation);
         match kind {
@@ -181,34 +198,33 @@ pub(super) fn play(steps: &[(u8, u8, u8)]) -> ClusterState {
                 let zone = format!("z{}", which % 2);
                 let tags = tagged(count % 2).tags;
                 let registration = crate::command::Registration { zone, tags, ..registration(&worker, life) };
-                run(&mut state, CommandBody::RegisterWorker(registration));
+                run(state, CommandBody::RegisterWorker(registration));
             }
             1 => {
                 let size_bytes = u64::from(*count) * 150 * MIB;
                 let spec = DeploySpec { size_bytes, ..spec(&format!("m{which}"), 1, u32::from(*count)) };
-                run(&mut state, CommandBody::Deploy(spec));
+                run(state, CommandBody::Deploy(spec));
             }
-            2 => drop(mark_dead(&mut state, &worker, incarnation)),
-            3 => drop(drain(&mut state, &worker, incarnation)),
-            4 if state.workers.contains_key(&w(&worker)) => drop(ready(&mut state, &worker)),
-            5 if state.workers.contains_key(&w(&worker)) => drop(fail(&mut state, &worker, "no")),
-            7 => drop(deploy_demanding(&mut state, &format!("m{which}"), u32::from(*count), tagged(which % 2))),
+            2 => drop(mark_dead(state, &worker, incarnation)),
+            3 => drop(drain(state, &worker, incarnation)),
+            4 if state.workers.contains_key(&w(&worker)) => drop(ready(state, &worker)),
+            5 if state.workers.contains_key(&w(&worker)) => drop(fail(state, &worker, "no")),
+            7 => drop(deploy_demanding(state, &format!("m{which}"), u32::from(*count), tagged(which % 2))),
             8 => {
                 let workers = BTreeSet::from([w(&format!("w{count}")), w("w0")]);
-                drop(deploy_demanding(&mut state, &format!("m{which}"), 1, Demands { workers, ..Demands::default() }));
+                drop(deploy_demanding(state, &format!("m{which}"), 1, Demands { workers, ..Demands::default() }));
             }
             9 => {
                 let anew = DeploySpec { digest: format!("{life:064x}"), ..spec(&format!("m{which}"), 1, u32::from(*count)) };
-                run(&mut state, CommandBody::Deploy(anew));
+                run(state, CommandBody::Deploy(anew));
             }
             10 => {
                 let claim = Claim { priority: u32::from(*count), evictable: which % 2 == 0 };
-                drop(deploy_claiming(&mut state, &format!("m{which}"), u64::from(*count) * 150 * MIB, claim));
+                drop(deploy_claiming(state, &format!("m{which}"), u64::from(*count) * 150 * MIB, claim));
             }
-            _ => drop(place(&mut state)),
+            _ => drop(place(state)),
         }
     }
-    state
 }
 
 /// Whether a plan only moves what is at rest. That may follow another plan, since what ends or begins isn't at rest.

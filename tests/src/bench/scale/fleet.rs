@@ -2,15 +2,16 @@
 
 use std::{
     collections::BTreeMap,
+    net::TcpListener,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use anyhow::Context;
+use cresset_client::{ConnectionSettings, Coordinators};
 use cresset_proto::fleet::v1::{
     Assignment, Device, Heartbeat, JoinRequest, JoinResponse, Observed, ObservedReplica, Registration, ReplicaState,
-    WatchRequest, join_request, join_response, membership_service_client::MembershipServiceClient,
-    routes_service_client::RoutesServiceClient,
+    join_request, join_response, membership_service_client::MembershipServiceClient,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
@@ -18,13 +19,15 @@ use tokio::{
     task::{AbortHandle, JoinSet},
     time::{MissedTickBehavior, interval, sleep},
 };
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_util::sync::CancellationToken;
 use tonic::{
     Status,
-    transport::{Channel, Endpoint},
+    service::Routes,
+    transport::{Channel, Endpoint, Server},
 };
 
-use super::state::{INCARNATION, NOBODY, WORKER_BYTES, worker, zone};
+use super::state::{INCARNATION, WORKER_BYTES, worker, zone};
 
 /// How long a coordinator may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -32,19 +35,36 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 /// Messages on their way to the leader.
 const MESSAGES_MAX: usize = 16;
-/// Descriptors beside one for each connection.
+/// Descriptors beside those of each worker: where it listens, its connection, and one that a coordinator asks by.
 const OTHER_DESCRIPTORS: u64 = 1_024;
 
 /// Lets this process, and those that it starts, have so many connections.
 pub(super) fn allow_connections(workers: usize) -> anyhow::Result<()> {
     let mut limit = getrlimit(Resource::Nofile);
-    let wanted = workers as u64 * 2 + OTHER_DESCRIPTORS;
+    let wanted = workers as u64 * 3 + OTHER_DESCRIPTORS;
     if limit.current.is_some_and(|current| current < wanted) {
         let maximum = limit.maximum.map_or(wanted, |maximum| maximum.min(wanted));
         limit = Rlimit { current: Some(maximum), ..limit };
         setrlimit(Resource::Nofile, limit).with_context(|| format!("{wanted} open files aren't allowed"))?;
     }
     Ok(())
+}
+
+/// Where each worker listens.
+pub(super) struct Door {
+    listener: TcpListener,
+    pub(super) address: String,
+}
+
+/// Opens so many.
+pub(super) fn doors(workers: usize) -> anyhow::Result<Vec<Door>> {
+    let open = |_| {
+        let listener = TcpListener::bind("127.0.0.1:0").context("no port is free")?;
+        listener.set_nonblocking(true).context("can't listen without waiting")?;
+        let address = listener.local_addr().context("a port has no address")?.to_string();
+        Ok(Door { listener, address })
+    };
+    (0..workers).map(open).collect()
 }
 
 /// What the fleet has been told, all together.
@@ -68,18 +88,33 @@ pub(super) struct Fleet {
 }
 
 impl Fleet {
-    /// Has so many workers join through these coordinators (`host:port` of their peer ports), and so many routers watch the routes
-    /// through these (`host:port` of their public ports).
-    pub(super) fn start(workers: usize, peers: &[String], routers: usize, doors: &[String]) -> Self {
+    /// Has a worker behind each door join through these coordinators (`host:port` of their peer ports), and so many routers watch
+    /// the routes through these (`host:port` of their public ports).
+    pub(super) fn start(doors: Vec<Door>, peers: &[String], routers: usize, coordinators: &[String]) -> Self {
         let told = Arc::new(watch::Sender::new(Told { registered: 0, models: 0, deaths: 0, at: SystemTime::now() }));
         let mut tasks = JoinSet::new();
-        let run = |number| {
-            let worker = Worker { number, peers: peers.to_vec(), told: Arc::clone(&told), registered: false, intent: vec![] };
-            (number, tasks.spawn(worker.run()))
+        let run = |(number, door): (usize, Door)| {
+            let worker = Worker {
+                number,
+                incarnation: INCARNATION,
+                address: door.address,
+                peers: peers.to_vec(),
+                told: Arc::clone(&told),
+                registered: false,
+                intent: vec![],
+            };
+            (number, tasks.spawn(worker.run(door.listener)))
         };
-        let living = (0..workers).map(run).collect();
+        let living = doors.into_iter().enumerate().map(run).collect();
         for number in 0..routers {
-            tasks.spawn(route_watch(doors[number % doors.len()].clone()));
+            let at = number % coordinators.len();
+            let turned = coordinators[at..].iter().chain(&coordinators[..at]);
+            let routes = Coordinators::new(turned, ConnectionSettings::default()).watch_routes(CancellationToken::new());
+            tasks.spawn(async move {
+                // For as long as somebody holds it, it is kept up to date.
+                let _routes = routes;
+                std::future::pending::<()>().await;
+            });
         }
         Self { told, living, _tasks: tasks }
     }
@@ -104,6 +139,8 @@ impl Fleet {
 
 struct Worker {
     number: usize,
+    incarnation: u64,
+    address: String,
     peers: Vec<String>,
     told: Arc<watch::Sender<Told>>,
     registered: bool,
@@ -111,7 +148,18 @@ struct Worker {
 }
 
 impl Worker {
-    async fn run(mut self) {
+    /// Lives until the task is aborted: then nobody listens at its address any more.
+    async fn run(self, listener: TcpListener) {
+        // Whoever asks whether it lives is told that there is no such call, which is a sign of life.
+        let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
+        let answering = Server::builder().add_routes(Routes::default()).serve_with_incoming(TcpListenerStream::new(listener));
+        tokio::select! {
+            () = self.stay() => {}
+            _ = answering => {}
+        }
+    }
+
+    async fn stay(mut self) {
         let mut turn = self.number;
         let mut hint = None;
         loop {
@@ -182,8 +230,11 @@ impl Worker {
                 Some(join_response::Message::Redirect(redirect)) => {
                     return Ok(Some(redirect.leader_peer_address).filter(|address| !address.is_empty()));
                 }
-                // Of a life that was judged dead nothing is measured any more.
-                Some(join_response::Message::Fenced(fenced)) => return Err(Status::aborted(fenced.reason)),
+                Some(join_response::Message::Fenced(fenced)) => {
+                    self.incarnation = fenced.incarnation_min.max(self.incarnation + 1);
+                    self.set_intent(vec![]);
+                    return Err(Status::aborted(fenced.reason));
+                }
                 None => return Ok(None),
             }
         }
@@ -192,9 +243,9 @@ impl Worker {
     fn registration(&self) -> Registration {
         Registration {
             worker_id: worker(self.number),
-            incarnation: INCARNATION,
-            grpc_address: NOBODY.into(),
-            http_address: NOBODY.into(),
+            incarnation: self.incarnation,
+            grpc_address: self.address.clone(),
+            http_address: self.address.clone(),
             zone: zone(self.number),
             devices: vec![Device { name: "cuda:0".into(), memory_bytes: WORKER_BYTES }],
             software_version: String::new(),
@@ -234,18 +285,4 @@ async fn connect(address: &str) -> Result<Channel, Status> {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| Status::internal(error.to_string()))?;
     let connected = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true).connect().await;
     connected.map_err(|error| Status::unavailable(error.to_string()))
-}
-
-/// Reads every table that comes, as a router of a client does.
-async fn route_watch(door: String) {
-    loop {
-        if let Ok(channel) = connect(&door).await {
-            let mut client = RoutesServiceClient::new(channel).max_decoding_message_size(usize::MAX);
-            if let Ok(tables) = client.watch(WatchRequest { epoch: 0 }).await {
-                let mut tables = tables.into_inner();
-                while let Ok(Some(_)) = tables.message().await {}
-            }
-        }
-        sleep(ASK_AGAIN).await;
-    }
 }

@@ -13,7 +13,7 @@ use cresset_coordinator::recovery;
 use cresset_core::ClusterState;
 use tokio::time::{sleep, timeout};
 
-use super::fleet::{Fleet, Told};
+use super::fleet::{Door, Fleet, Told};
 use crate::{
     bench::{figures::Part, usage::cpu_seconds},
     harness::{
@@ -41,7 +41,7 @@ pub(super) struct Group {
 
 impl Group {
     /// Starts all of them.
-    pub(super) async fn start(folder: &Path, state: ClusterState) -> anyhow::Result<Self> {
+    pub(super) async fn start(folder: &Path, state: ClusterState, doors: Vec<Door>) -> anyhow::Result<Self> {
         let file = folder.join("state.cresset-backup");
         let out = File::create(&file).map_err(failed(format!("can't make {}", file.display())))?;
         recovery::write(&state, folder, BufWriter::new(out))?;
@@ -56,10 +56,9 @@ impl Group {
         let places = Place::free(ids.len())?;
         let began = Instant::now();
         let cluster = Cluster::launch(folder, recipe.launches(&ids, &places))?;
-        let workers = state.workers.len();
-        let routers = (workers / WORKERS_PER_ROUTER).max(ROUTERS_MIN);
+        let routers = (doors.len() / WORKERS_PER_ROUTER).max(ROUTERS_MIN);
         let peers: Vec<String> = places.iter().map(|place| place.peer.clone()).collect();
-        let fleet = Fleet::start(workers, &peers, routers, &cluster.endpoints());
+        let fleet = Fleet::start(doors, &peers, routers, &cluster.endpoints());
         Ok(Self { cluster, fleet, models: state.models.len(), began, _repository: repository })
     }
 
@@ -128,7 +127,7 @@ impl Group {
             let path = logs.join(format!("{id}.log"));
             let log = fs::read_to_string(&path).map_err(failed(format!("can't read {}", path.display())))?;
             let said = |line: &&str| line.contains("judged a worker dead") && line.contains(dead);
-            if let Some(line) = log.lines().find(said) {
+            if let Some(line) = log.lines().filter(said).last() {
                 return logged_at(line).with_context(|| format!("no time in '{line}'"));
             }
         }

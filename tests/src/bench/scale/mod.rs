@@ -64,7 +64,7 @@ pub async fn measure(pace: &Pace, out: &Path, say: impl Fn(&str)) -> anyhow::Res
     let folder = out.join("scale-data");
     for &workers in &pace.workers {
         let mut part = Part::default();
-        let measured = apart(Size { workers, models: workers * MODELS_PER_WORKER }, pace, &folder, &mut part, &say).await;
+        let measured = apart(workers, pace, &folder, &mut part, &say).await;
         report.sizes.push((workers, part));
         if measured.is_err() {
             return Ok((report, measured.with_context(|| format!("with {workers} workers"))));
@@ -74,20 +74,22 @@ pub async fn measure(pace: &Pace, out: &Path, say: impl Fn(&str)) -> anyhow::Res
 }
 
 /// Measures one size, in an empty folder.
-async fn apart(size: Size, pace: &Pace, folder: &Path, part: &mut Part, say: &impl Fn(&str)) -> anyhow::Result<()> {
+async fn apart(workers: usize, pace: &Pace, folder: &Path, part: &mut Part, say: &impl Fn(&str)) -> anyhow::Result<()> {
     // What an earlier run left that was killed.
     let _ = fs::remove_dir_all(folder);
     fs::create_dir_all(folder).map_err(failed(format!("can't make {}", folder.display())))?;
-    one(size, pace, folder, part, say).await?;
+    one(workers, pace, folder, part, say).await?;
     fs::remove_dir_all(folder).with_context(|| format!("can't remove {}", folder.display()))
 }
 
-async fn one(size: Size, pace: &Pace, folder: &Path, part: &mut Part, say: &impl Fn(&str)) -> anyhow::Result<()> {
-    let Size { workers, models } = size;
+async fn one(workers: usize, pace: &Pace, folder: &Path, part: &mut Part, say: &impl Fn(&str)) -> anyhow::Result<()> {
+    let models = workers * MODELS_PER_WORKER;
+    let doors = fleet::doors(workers)?;
+    let size = Size { workers: doors.iter().map(|door| door.address.clone()).collect(), models };
     say(&format!("{workers} workers, {models} models: planning from nothing, and the snapshot"));
-    let state = state::measure(size, pace.rounds, part)?;
+    let state = state::measure(&size, pace.rounds, part)?;
     say(&format!("{workers} workers: starting three coordinators with that state, and the fleet"));
-    let mut group = Group::start(folder, state).await?;
+    let mut group = Group::start(folder, state, doors).await?;
     part.add("whole_ms", group.whole().await?.as_secs_f64() * 1e3);
     say(&format!("{workers} workers: watching the coordinators in calm"));
     group.calm(pace.calm, part).await?;

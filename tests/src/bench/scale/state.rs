@@ -21,17 +21,16 @@ const MOVES_PER_COMMAND: usize = 1_000;
 pub(super) const MODEL_BYTES: u64 = 1 << 30;
 /// Memory of a worker: for half as many models again as it gets, so that there is room for those of a dead one.
 pub(super) const WORKER_BYTES: u64 = MODEL_BYTES * 18;
-/// Where workers answer predictions: nobody does, so that one whose connection breaks is known to be dead at once.
-pub(super) const NOBODY: &str = "127.0.0.1:1";
 /// The life that workers are in.
 pub(super) const INCARNATION: u64 = 1;
 const MS: f64 = 1e3;
 const MB: f64 = 1e6;
 
 /// How large a cluster is.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Size {
-    pub(super) workers: usize,
+    /// Where each worker is asked.
+    pub(super) workers: Vec<String>,
     /// Each with one replica.
     pub(super) models: usize,
 }
@@ -42,7 +41,7 @@ pub(super) fn worker(number: usize) -> String {
 }
 
 /// Measures what needs no process, and returns the state in which everything runs where it should.
-pub(super) fn measure(size: Size, rounds: usize, part: &mut Part) -> anyhow::Result<ClusterState> {
+pub(super) fn measure(size: &Size, rounds: usize, part: &mut Part) -> anyhow::Result<ClusterState> {
     let mut nothing = unplaced(size)?;
     answer_many(&mut nothing);
     let mut placed = nothing.clone();
@@ -75,10 +74,10 @@ pub(super) fn measure(size: Size, rounds: usize, part: &mut Part) -> anyhow::Res
 }
 
 /// Workers and models, and nothing anywhere.
-fn unplaced(size: Size) -> anyhow::Result<ClusterState> {
+fn unplaced(size: &Size) -> anyhow::Result<ClusterState> {
     let mut state = ClusterState::new("before");
-    for number in 0..size.workers {
-        state.workers.insert(worker(number).parse()?, registered(number));
+    for (number, address) in size.workers.iter().enumerate() {
+        state.workers.insert(worker(number).parse()?, registered(number, address));
     }
     for number in 0..size.models {
         state.generation_last += 1;
@@ -86,17 +85,17 @@ fn unplaced(size: Size) -> anyhow::Result<ClusterState> {
         let deployment = deployed(&key.name, state.generation_last);
         state.models.insert(key, deployment);
     }
-    state.epoch = (size.workers + size.models) as u64;
+    state.epoch = (size.workers.len() + size.models) as u64;
     Ok(state)
 }
 
 /// As the state holds a worker of [`fleet`](super::fleet).
-fn registered(number: usize) -> Worker {
+fn registered(number: usize, address: &str) -> Worker {
     Worker {
         incarnation: INCARNATION,
         incarnation_floor: INCARNATION,
-        grpc_address: NOBODY.into(),
-        http_address: NOBODY.into(),
+        grpc_address: address.into(),
+        http_address: address.into(),
         zone: zone(number),
         devices: vec![Device { name: "cuda:0".into(), memory_bytes: WORKER_BYTES }],
         state: WorkerState::Ready,
@@ -154,9 +153,9 @@ mod tests {
     #[test]
     fn a_small_cluster_is_placed_evenly_and_read_back() {
         let mut part = Part::default();
-        let size = Size { workers: 4, models: 40 };
-        let state = measure(size, 2, &mut part).unwrap();
-        for number in 0..size.workers {
+        let size = Size { workers: vec!["127.0.0.1:1".into(); 4], models: 40 };
+        let state = measure(&size, 2, &mut part).unwrap();
+        for number in 0..size.workers.len() {
             let id = worker(number).parse().unwrap();
             assert_eq!(state.replicas_on(&id).count(), 10);
         }
