@@ -10,11 +10,13 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use cresset_proto::{
     admin::v1::admin_service_client::AdminServiceClient,
-    fleet::v1::{WatchRequest, routes_service_client::RoutesServiceClient},
+    fleet::v1::{WatchRequest, WatchResponse, routes_service_client::RoutesServiceClient},
     reason::Reason,
 };
+use futures::Stream;
 use parking_lot::Mutex;
-use tokio::time::Instant;
+use tokio::{sync::mpsc, time::Instant};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Response, Status, transport::Channel};
 
@@ -221,20 +223,35 @@ impl Coordinators {
             tokio::select! {
                 () = shutdown.cancelled() => {}
                 () = sender.closed() => {}
-                () = coordinators.follow(&sender) => {}
+                () = coordinators.follow(0, &sender) => {}
             }
         });
         receiver
     }
 
-    /// Follows one coordinator after the other, for ever.
-    async fn follow(&self, sender: &RouteSender) {
+    /// Everything that routers are told from the epoch `known` on (0 for everything), in the order of epochs and nothing twice, across
+    /// the deaths of coordinators: changes, or a whole table where no coordinator remembers enough. Ends never by itself.
+    pub fn watch_changes(&self, known: u64) -> impl Stream<Item = WatchResponse> + Send + use<> {
+        let (sender, receiver) = mpsc::channel(1);
+        let coordinators = self.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = sender.closed() => {}
+                () = coordinators.follow(known, &sender) => {}
+            }
+        });
+        ReceiverStream::new(receiver)
+    }
+
+    /// Follows one coordinator after the other, for ever. `taker` is given whatever is newer than `known`, and than what it was given
+    /// before; where it says why it can't use it, everything is asked for.
+    async fn follow(&self, mut known: u64, taker: &impl Taker) {
         let mut failures: usize = 0;
         loop {
             let started = Instant::now();
             let error = match self.current() {
                 Ok((address, channel)) => {
-                    let error = self.follow_one(channel, sender).await;
+                    let error = self.follow_one(channel, &mut known, taker).await;
                     Tried { address, error }
                 }
                 Err(tried) => tried,
@@ -257,11 +274,10 @@ impl Coordinators {
     }
 
     /// Takes tables from one coordinator until it fails, and says how.
-    async fn follow_one(&self, channel: Channel, sender: &RouteSender) -> String {
+    async fn follow_one(&self, channel: Channel, known: &mut u64, taker: &impl Taker) -> String {
         let bytes_max = self.0.settings.message_bytes_max;
         let mut client = RoutesServiceClient::new(channel).max_decoding_message_size(bytes_max);
-        let epoch = sender.epoch();
-        let mut tables = match client.watch(WatchRequest { epoch, takes_changes: true }).await {
+        let mut tables = match client.watch(WatchRequest { epoch: *known, takes_changes: true }).await {
             Ok(response) => response.into_inner(),
             Err(status) => return describe(&status),
         };
@@ -269,18 +285,47 @@ impl Coordinators {
             match tables.message().await {
                 Ok(Some(response)) => {
                     self.learn(response.coordinator_grpc_addresses.iter());
-                    match sender.publish(&response) {
-                        Ok(true) => tracing::debug!(epoch = response.epoch, "newer routes"),
-                        Ok(false) => {}
-                        // Asked again, a coordinator says what it takes from here.
-                        Err(error @ RouteError::Gap { .. }) => return error.to_string(),
-                        Err(error) => tracing::error!(epoch = response.epoch, %error, "unusable routes; keeping the last ones"),
+                    let epoch = response.epoch;
+                    // A coordinator that was restored from a backup, or hasn't caught up, may say what is known already.
+                    if epoch <= *known && *known > 0 {
+                        continue;
                     }
+                    if let Err(problem) = taker.take(response).await {
+                        *known = 0;
+                        return problem;
+                    }
+                    *known = epoch;
                 }
                 Ok(None) => return "the stream ended".into(),
                 Err(status) => return describe(&status),
             }
         }
+    }
+}
+
+/// Where what a coordinator tells routers goes.
+trait Taker: Sync {
+    /// Takes it, or says why it can't be used.
+    fn take(&self, response: WatchResponse) -> impl Future<Output = Result<(), String>> + Send;
+}
+
+/// A router goes by it from now on.
+impl Taker for RouteSender {
+    async fn take(&self, response: WatchResponse) -> Result<(), String> {
+        match self.publish(&response) {
+            Ok(is_newer) => tracing::debug!(epoch = response.epoch, since = response.since_epoch, is_newer, "routes"),
+            // From a whole table on it will do.
+            Err(error @ RouteError::Gap { .. }) => return Err(error.to_string()),
+            Err(error) => tracing::error!(epoch = response.epoch, %error, "unusable routes; keeping the last ones"),
+        }
+        Ok(())
+    }
+}
+
+/// Somebody reads it. Who reads slowly is told later, and then more at once.
+impl Taker for mpsc::Sender<WatchResponse> {
+    async fn take(&self, response: WatchResponse) -> Result<(), String> {
+        self.send(response).await.map_err(|_| "nobody reads any more".to_owned())
     }
 }
 

@@ -6,6 +6,7 @@
 //! | [`leader`] | duties while leading: judge workers, place replicas, tell workers what to run |
 //! | [`gateway`] | predictions for clients of any language: the router of `cresset-client`, fed from the state here |
 //! | [`tables`] | what routers are told: changes of the routes, or a whole table |
+//! | [`freshness`] | how old the copy of the state here may be |
 //! | [`store`] | files of models that no repository holds, by SHA-256 |
 //! | [`services`] | gRPC: decode, ask a handle, encode |
 //!
@@ -14,6 +15,7 @@
 
 pub mod config;
 pub mod consensus;
+pub mod freshness;
 pub mod gateway;
 pub mod leader;
 pub mod metrics;
@@ -39,6 +41,7 @@ use tonic::service::Routes;
 use crate::{
     config::Config,
     consensus::{Consensus, TransferError},
+    freshness::Freshness,
     services::Context,
     store::Store,
     tables::Tables,
@@ -101,13 +104,16 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     };
     tasks.spawn(closing.clone().run_until_cancelled_owned(announce(consensus.clone(), config.id, info)));
 
+    let freshness = Freshness::default();
+    tasks.spawn(closing.clone().run_until_cancelled_owned(freshness.clone().keep(consensus.clone())));
     let tables = Tables::new(consensus.clone());
     let router = gateway::router(tables.clone(), config.router(), &tasks, &closing);
     let others = others(&consensus, &config);
     let store = Store::open(&config.data_dir.join("files"), &config.cluster_id, others).map_err(Error::Store)?;
     tasks.spawn(store.clone().follow(consensus.clone(), closing.clone()));
     let repository = Repository::new(&config.model_repository).remembering_digests();
-    let context = Arc::new(Context::new(config.id, consensus.clone(), fleet, tables, repository, store.clone(), closing.clone()));
+    let known = services::Known { fleet, tables, freshness };
+    let context = Arc::new(Context::new(config.id, consensus.clone(), known, repository, store.clone(), closing.clone()));
     let public = services::routes(&context, &router, server::lanes(config.grpc_threads, 1), config.message_bytes_max);
     tasks.spawn(closing.clone().run_until_cancelled_owned(Arc::clone(&context).report(router.clone())));
     let (public, public_health) = server::with_health_and_reflection(public, DESCRIPTORS).await?;

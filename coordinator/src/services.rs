@@ -26,6 +26,7 @@ use tonic::{Status, codec::CompressionEncoding, metadata::MetadataMap, service::
 
 use crate::{
     consensus::{Consensus, ProposeError},
+    freshness::Freshness,
     leader::Fleet,
     store::Store,
     tables::Tables,
@@ -36,12 +37,23 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest administrative message, in bytes.
 const ADMIN_BYTES_MAX: usize = 64 << 20;
 
+/// What is known here beside what is agreed on.
+pub struct Known {
+    /// What the leader hears of the workers.
+    pub fleet: Fleet,
+    /// What routers are told.
+    pub tables: Tables,
+    /// How old the copy of the state may be.
+    pub freshness: Freshness,
+}
+
 /// What the services ask.
 pub struct Context {
     id: PeerId,
     consensus: Consensus,
     fleet: Fleet,
     tables: Tables,
+    freshness: Freshness,
     repository: Repository,
     store: Store,
     peers: status::Peers,
@@ -53,13 +65,13 @@ impl Context {
     pub fn new(
         id: PeerId,
         consensus: Consensus,
-        fleet: Fleet,
-        tables: Tables,
+        known: Known,
         repository: Repository,
         store: Store,
         closing: CancellationToken,
     ) -> Self {
-        Self { id, consensus, fleet, tables, repository, store, peers: status::Peers::default(), closing }
+        let Known { fleet, tables, freshness } = known;
+        Self { id, consensus, fleet, tables, freshness, repository, store, peers: status::Peers::default(), closing }
     }
 
     /// Reads a model where it may take its time: one version, or those that its version policy chooses.

@@ -25,14 +25,14 @@ SILENCE_S = 20.0
 # Before the same request is asked again where nobody else is left to ask.
 PAUSE_S = 0.1
 
-# Connections are a pass's own, and notice soon when nobody is there any more; PROTOCOL.md recommends these figures. Without
-# the fourth, gRPC gives an address that takes a connection and says nothing 20 s.
+# Connections are a pass's own, and notice soon when nobody is there any more; PROTOCOL.md recommends these figures, and says why.
 CHANNEL = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.keepalive_time_ms", 400),
     ("grpc.keepalive_timeout_ms", 600),
+    ("grpc.http2.ping_timeout_ms", 600),
+    ("grpc.http2.max_pings_without_data", 1_000_000),
     ("grpc.min_reconnect_backoff_ms", 500),
-    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 200),
 ]

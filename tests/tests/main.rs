@@ -27,3 +27,4 @@ mod slow_readers;
 mod support;
 mod telemetry;
 mod versions;
+mod watch;

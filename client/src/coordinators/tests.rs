@@ -1,8 +1,11 @@
 //! Coordinators that die, lag or don't lead.
+use std::pin::pin;
+
 use cresset_proto::{
     admin::v1::{DeployRequest, StatusRequest},
     fleet::v1::WatchResponse,
 };
+use futures::StreamExt;
 use tokio::net::TcpListener;
 
 use super::*;
@@ -92,6 +95,36 @@ async fn routes_stay_fresh_across_deaths_and_learned_addresses() {
     shutdown.cancel();
     assert!(routes.wait_for(|table| table.epoch() > 5).await.is_none(), "the watch has ended");
     assert_eq!(routes.load().epoch(), 5, "and the last table stays");
+}
+
+#[tokio::test]
+async fn whoever_watches_hears_nothing_twice_and_goes_on_from_where_it_was() {
+    let second = FakeCoordinator::start("c2", true, table(6, &[])).await;
+    let first = FakeCoordinator::start("c1", true, table(7, &[&second])).await;
+    let coordinators = coordinators([first.address.to_string()]);
+    let mut changes = pin!(coordinators.watch_changes(6));
+    assert_eq!(changes.next().await.unwrap().epoch, 7);
+    first.publish(WatchResponse { since_epoch: 7, ..table(8, &[&second]) });
+    assert_eq!(changes.next().await.unwrap().epoch, 8);
+    first.die();
+    let mut watched = second.watched.subscribe();
+    watched.wait_for(|epochs| epochs.ends_with(&[8])).await.unwrap();
+    // It lags behind at first, and says nothing that is known.
+    second.publish(table(8, &[]));
+    second.publish(table(9, &[]));
+    let next = changes.next().await.unwrap();
+    assert_eq!((next.epoch, next.since_epoch), (9, 0));
+}
+
+#[tokio::test]
+async fn a_table_that_cannot_follow_is_asked_for_whole() {
+    let only = FakeCoordinator::start("c1", true, table(3, &[])).await;
+    let mut routes = coordinators([only.address.to_string()]).watch_routes(CancellationToken::new());
+    epoch_comes(&mut routes, 3).await;
+    only.publish(WatchResponse { since_epoch: 2, ..table(4, &[]) });
+    only.watched.subscribe().wait_for(|epochs| epochs.len() > 1 && epochs.iter().all(|epoch| *epoch == 0)).await.unwrap();
+    only.publish(table(5, &[]));
+    epoch_comes(&mut routes, 5).await;
 }
 
 #[test]

@@ -97,10 +97,13 @@ fn change(state: &mut ClusterState, body: &CommandBody, touched: &Touched, effec
     Ok(Outcome::Done { epoch: state.epoch })
 }
 
-/// What a command is about: beyond that it ends no wait, and changes nothing that a router is told.
+/// What a command is about: beyond that it ends no wait, and changes nothing that a router or a worker is told.
 fn touched(state: &ClusterState, body: &CommandBody) -> Touched {
     let models = |names: &[&String]| Touched { models: names.iter().copied().cloned().collect(), ..Touched::default() };
-    let of = |moves: &[&Vec<ReplicaId>]| models(&moves.iter().flat_map(|ids| ids.iter()).map(|id| &id.model).collect::<Vec<_>>());
+    let of = |moves: &[&Vec<ReplicaId>]| {
+        let ids = || moves.iter().flat_map(|ids| ids.iter());
+        Touched { workers: ids().map(|id| id.worker.clone()).collect(), ..models(&ids().map(|id| &id.model).collect::<Vec<_>>()) }
+    };
     let on = |worker: &WorkerId| Touched {
         workers: BTreeSet::from([worker.clone()]),
         ..models(&state.replicas_on(worker).map(|(id, _)| &id.model).collect::<Vec<_>>())

@@ -1,10 +1,11 @@
-//! What lately changed for routers, so that one which has the table of an epoch is told the rest and no more.
+//! What lately changed for routers and workers, so that a router which has the table of an epoch is told the rest and no more, and
+//! a worker that isn't concerned nothing.
 //!
 //! In a cluster of 10,000 models a table is a megabyte, and a death changes ten of its rows. Whoever has no table yet, or one from
 //! before what is remembered here, is told everything.
 use std::collections::{BTreeSet, VecDeque};
 
-use crate::{WorkerId, state::Epoch};
+use crate::{WorkerId, routes::Assignment, state::Epoch};
 
 /// Epochs that are remembered.
 pub const EPOCHS_MAX: usize = 4_096;
@@ -26,6 +27,10 @@ pub struct Touched {
 impl Touched {
     fn names(&self) -> usize {
         self.models.len() + self.workers.len()
+    }
+
+    fn concerns(&self, worker: &WorkerId, told: &[Assignment]) -> bool {
+        self.workers.contains(worker) || told.iter().any(|assignment| self.models.contains(&assignment.key.name))
     }
 }
 
@@ -67,6 +72,13 @@ impl Changes {
         }
     }
 
+    /// Whether a worker that was `told` what to run at the epoch `known` may have to be told anything else since.
+    pub fn concern(&self, known: Epoch, worker: &WorkerId, told: &[Assignment]) -> bool {
+        let first = self.epochs.partition_point(|change| change.epoch <= known);
+        let is_remembered = self.epochs.get(first).is_some_and(|change| change.before == known);
+        !is_remembered || self.epochs.range(first..).any(|change| change.touched.concerns(worker, told))
+    }
+
     /// What the epochs after `known` were about; `None` if not all of them are remembered, or if it is too much.
     pub(crate) fn since(&self, known: Epoch) -> Option<Touched> {
         let first = self.epochs.partition_point(|change| change.epoch <= known);
@@ -96,7 +108,7 @@ mod tests {
         ClusterState,
         apply::tests::{step, take},
         placement::tests::{Play, history},
-        routes::{News, RouteTable, news, routes},
+        routes::{News, RouteTable, assignments, news, routes},
         snapshot,
         testkit::{founded, mark_dead, registered, w},
     };
@@ -182,6 +194,45 @@ mod tests {
                     prop_assert_eq!(&table, &routes(&state));
                 }
             }
+        }
+
+        #[test]
+        fn whoever_is_not_concerned_has_nothing_else_to_run(steps in vec(step(), 1..60), every in 1..5_usize) {
+            let mut state = founded();
+            let mut told = BTreeMap::new();
+            for (number, step) in steps.iter().enumerate() {
+                take(&mut state, step);
+                if number % every != 0 {
+                    continue;
+                }
+                for worker in state.workers.keys() {
+                    let now = assignments(&state, worker);
+                    if let Some((known, before)) = told.insert(worker.clone(), (state.epoch, now.clone())) {
+                        let may_differ = known != state.epoch && state.changes.concern(known, worker, &before);
+                        prop_assert!(may_differ || now == before, "{worker} would run {before:?}, not {now:?}");
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn so_it_is_with_moves_and_evictions(steps in history()) {
+            let mut play = Play::default();
+            let mut told = BTreeMap::new();
+            let mut spared = 0;
+            for step in &steps {
+                play.step(step);
+                for worker in play.state.workers.keys() {
+                    let now = assignments(&play.state, worker);
+                    if let Some((known, before)) = told.insert(worker.clone(), (play.state.epoch, now.clone())) {
+                        let may_differ = known != play.state.epoch && play.state.changes.concern(known, worker, &before);
+                        spared += usize::from(known != play.state.epoch && !may_differ);
+                        prop_assert!(may_differ || now == before, "{worker} would run {before:?}, not {now:?}");
+                    }
+                }
+            }
+            let workers = play.state.workers.len();
+            prop_assert!(workers < 4 || steps.len() < 40 || spared > 0, "everybody was concerned by everything");
         }
 
         #[test]

@@ -323,9 +323,13 @@ impl<'a, C: Cluster> Session<'a, C> {
     /// Tells the worker what changed, or that its life is over.
     async fn keep_up(&mut self) -> Result<Option<End>, Status> {
         let superseded = (!self.context.fleet.speaks(&self.worker, self.number)).then_some(End::Superseded);
-        let (worker, incarnation, epoch_seen) = (&self.worker, self.incarnation, self.epoch_seen);
+        let (worker, incarnation, seen) = (&self.worker, self.incarnation, self.epoch_seen.zip(self.told.as_deref()));
+        let mut unconcerned = None;
         let view = self.context.cluster.read(|state| {
-            if epoch_seen == Some(state.epoch) {
+            if let Some((epoch, told)) = seen
+                && (epoch == state.epoch || !state.changes.concern(epoch, worker, told))
+            {
+                unconcerned = Some(state.epoch);
                 return None;
             }
             let floor = match state.workers.get(worker) {
@@ -336,7 +340,10 @@ impl<'a, C: Cluster> Session<'a, C> {
             let fence = floor.map(|floor| (floor, was_removed(state, worker, incarnation)));
             Some((state.epoch, fence, assignments(state, worker)))
         });
-        let Some((epoch, fence, assignments)) = view else { return Ok(superseded) };
+        let Some((epoch, fence, assignments)) = view else {
+            self.epoch_seen = unconcerned;
+            return Ok(superseded);
+        };
         if let Some((incarnation_min, is_removed)) = fence {
             let reason = format!("incarnation {incarnation} of worker {worker} is over since epoch {epoch}");
             self.wire.fence(reason, incarnation_min, is_removed).await?;

@@ -121,8 +121,26 @@ async fn a_new_leader_gives_everybody_a_full_timeout() {
     let leading = Instant::now();
     coordinator.cluster.until(|state| state.workers[&worker_id("w1")].state == WorkerState::Dead).await;
     assert!((2_500..=2_700).contains(&since_ms(leading)), "{} ms", since_ms(leading));
-    let expected = CommandBody::MarkDead { worker: worker_id("w1"), incarnation: 1, cause: Cause::Silence };
+    let expected = CommandBody::MarkDead { worker: worker_id("w1"), incarnation: 1, cause: Cause::Unreachable };
     assert_eq!(coordinator.cluster.log().last(), Some(&expected));
+    assert_eq!(coordinator.probes.load(Ordering::Relaxed), 1, "it might have been on its way");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_lives_may_take_long_to_find_a_new_leader() {
+    let coordinator = Coordinator::start();
+    coordinator.answer.store(true, Ordering::Relaxed);
+    let w1 = coordinator.run_worker("w1", 1).await;
+    coordinator.cluster.follow(2);
+    drop(w1);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    coordinator.cluster.lead_again();
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    let commands = coordinator.cluster.log().len();
+    let _back = coordinator.run_worker("w1", 1).await;
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    assert_eq!(coordinator.cluster.log().len(), commands, "neither judged, nor is there anything to agree on");
+    assert!((4..=5).contains(&coordinator.probes.load(Ordering::Relaxed)), "it was asked once in a timeout");
 }
 
 #[tokio::test(start_paused = true)]

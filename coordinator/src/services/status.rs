@@ -90,6 +90,8 @@ impl Context {
     }
 
     async fn own_status(&self, current: bool) -> StatusResponse {
+        // Before the copy is looked at, which may be newer then.
+        let age = self.freshness.age();
         let coordinators = self.roles().await;
         let beats = self.fleet.beats();
         let state = self.consensus.view();
@@ -148,6 +150,7 @@ impl Context {
             answered_by: self.id.to_string(),
             current,
             level: state.level.into(),
+            age_ms: if current { Some(0) } else { age.and_then(|age| u64::try_from(age.as_millis()).ok()) },
         }
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use cresset_client::{CallError, ConnectionSettings, Coordinators};
 use cresset_proto::{
     admin::v1::{CoordinatorRole, StatusResponse, WatchStatusRequest, admin_service_client::AdminServiceClient},
+    fleet::v1::WatchResponse,
     reason::Reason,
 };
 use tokio::time::{Instant, sleep, timeout};
@@ -85,6 +86,11 @@ impl Cluster {
             Err(status) => Ok(Response::new(Err(status))),
         };
         self.call_patiently(once).await?.map_err(CallError::Refused)
+    }
+
+    /// Everything that routers are told from an epoch on, on whatever coordinator has it to tell.
+    pub fn watch_changes(&self, known: u64) -> impl futures::Stream<Item = WatchResponse> + use<> {
+        self.coordinators.watch_changes(known)
     }
 
     /// Follows the cluster's status, on whatever coordinator has it to tell.

@@ -20,6 +20,7 @@ mod settings;
 mod status;
 mod up;
 mod values;
+mod watch;
 mod worker;
 
 use std::{io, process::ExitCode};
@@ -51,6 +52,8 @@ enum Command {
     Up(Box<up::Args>),
     /// Show coordinators, workers and models
     Status(status::Args),
+    /// Print what changes for routers: models, who serves them, workers, labels; nothing missed and nothing twice, whoever leads
+    Watch(watch::Args),
     /// Deploy a model of the repository, again if its files have changed, or change its number of replicas
     Deploy(deploy::DeployArgs),
     /// Take a model out of service, or one version of it
@@ -117,6 +120,7 @@ async fn dispatch(command: &Command, settings: Settings, up_settings: up::Settin
     match command {
         Command::Up(_) => up::run(up_settings).await?,
         Command::Status(args) => status::run(&cluster, args, settings.output).await?,
+        Command::Watch(args) => watch::run(&cluster, args, settings.output).await?,
         Command::Deploy(args) => deploy::deploy(&cluster, args, &settings).await?,
         Command::Undeploy(args) => deploy::undeploy(&cluster, args, &settings).await?,
         Command::Label(args) => deploy::set_labels(&cluster, args, settings.output).await?,

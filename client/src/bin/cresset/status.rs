@@ -24,6 +24,9 @@ pub struct Args {
     /// Print again at every change, until interrupted; with -o json one object a line
     #[arg(short, long)]
     watch: bool,
+    /// Take the copy of whichever coordinator answers first, without asking the leader; it says how old it may be
+    #[arg(long, conflicts_with = "watch")]
+    stale: bool,
 }
 
 /// The cluster's status, as `cresset status -o json` prints it. Keys are only ever added.
@@ -35,6 +38,8 @@ pub struct Report {
     pub answered_by: String,
     /// Whether nothing newer had been agreed on, as the leader confirmed. False while there is no leader.
     pub current: bool,
+    /// Everything that had been agreed on so long ago is in it, in ms; 0 if it is current, null if that isn't known.
+    pub age_ms: Option<u64>,
     /// The feature level that is in force; 0 if a version before there were levels answered.
     pub level: u32,
     pub coordinators: Vec<Coordinator>,
@@ -153,6 +158,7 @@ impl From<StatusResponse> for Report {
             epoch: status.epoch,
             answered_by: status.answered_by,
             current: status.current,
+            age_ms: status.age_ms,
             level: status.level,
             coordinators: status.coordinators.into_iter().map(Coordinator::from).collect(),
             workers: status.workers.into_iter().map(Worker::from).collect(),
@@ -284,9 +290,9 @@ impl From<admin::Model> for Model {
 /// # Errors
 /// When no coordinator answers, or stdout can't be written.
 pub async fn run(cluster: &Cluster, args: &Args, format: Format) -> anyhow::Result<()> {
-    let report = ask(cluster).await?;
+    let report = if args.stale { Report::from(status(cluster, true).await?) } else { ask(cluster).await? };
     if !report.current {
-        eprintln!("cresset: this is {}'s own copy and may be old: no leader confirmed it", report.answered_by);
+        eprintln!("cresset: {}", copy_words(&report));
     }
     if !args.watch {
         match format {
@@ -319,6 +325,17 @@ async fn watch(cluster: &Cluster, first: Report, format: Format) -> anyhow::Resu
                 break next;
             }
         };
+    }
+}
+
+/// Whose copy a report is, and how old it may be.
+fn copy_words(report: &Report) -> String {
+    match report.age_ms {
+        Some(age_ms) => {
+            let age = output::seconds(Duration::from_millis(age_ms));
+            format!("this is {}'s own copy: what was agreed on in the last {age} may be missing", report.answered_by)
+        }
+        None => format!("this is {}'s own copy and may be old: no leader ever confirmed it", report.answered_by),
     }
 }
 
@@ -470,6 +487,7 @@ pub mod tests {
             answered_by: "c2".to_owned(),
             current: true,
             level: 1,
+            age_ms: Some(0),
             coordinators: vec![
                 coordinator("c10", CoordinatorRole::Candidate),
                 coordinator("c2", CoordinatorRole::Leader),
@@ -498,6 +516,7 @@ pub mod tests {
         let json = serde_json::to_value(Report::from(example())).unwrap();
         assert_eq!(json["current"], true);
         assert_eq!(json["level"], 1);
+        assert_eq!(json["age_ms"], 0);
         assert_eq!(json["coordinators"][1]["level_known"], 2);
         assert_eq!(json["coordinators"][0]["id"], "c1");
         assert_eq!(json["coordinators"][0]["role"], "unreachable");
@@ -537,6 +556,13 @@ pub mod tests {
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn a_copy_says_how_old_it_may_be() {
+        let copy = |age_ms| copy_words(&Report::from(StatusResponse { age_ms, current: false, ..example() }));
+        assert_eq!(copy(Some(1_500)), "this is c2's own copy: what was agreed on in the last 1.5 s may be missing");
+        assert_eq!(copy(None), "this is c2's own copy and may be old: no leader ever confirmed it");
     }
 
     #[test]

@@ -22,6 +22,8 @@ use crate::{
     },
 };
 
+/// Between two deaths.
+const REST: Duration = Duration::from_secs(1);
 /// How long the fleet may take to be told something.
 const TOLD_TIMEOUT: Duration = Duration::from_secs(120);
 /// Routers that watch the routes, one for so many workers, and at least one for each coordinator.
@@ -109,6 +111,8 @@ impl Group {
 
     /// Kills a worker, and measures until what it had is assigned to others.
     pub(super) async fn death(&mut self, part: &mut Part) -> anyhow::Result<()> {
+        // What followed the last death, reports and plans, is no part of what this one costs.
+        sleep(REST).await;
         let died = SystemTime::now();
         let deaths = self.fleet.told().borrow().deaths + 1;
         let dead = self.fleet.kill_one().context("no worker is left")?;
