@@ -3,7 +3,7 @@
 //! Each is told what changed since the epoch that it has, however fast it reads: the state remembers enough for that. A whole table
 //! is for those that have none, or one of long ago. It is built from a view of the state, beside everything else: the agreement
 //! doesn't wait for it, however large the cluster is; and it is kept for the next of them, who is told what changed since.
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use cresset_core::{
     routes::{News, news, routes},
@@ -11,7 +11,10 @@ use cresset_core::{
 };
 use cresset_proto::fleet::v1::WatchResponse;
 use futures::{Stream, stream};
-use tokio::sync::Mutex;
+use tokio::{
+    sync::Mutex,
+    time::{Instant, sleep_until},
+};
 
 use crate::consensus::Consensus;
 
@@ -22,6 +25,9 @@ pub struct Tables {
     /// The last whole table that was built. Locked while the next is.
     whole: Arc<Mutex<Option<Arc<WatchResponse>>>>,
 }
+
+/// From telling a router something until it is told the next: what comes in between is told together. After calm it is told at once.
+const TELL_PAUSE: Duration = Duration::from_millis(5);
 
 /// What a router can be told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,14 +47,15 @@ impl Tables {
     /// Everything that is newer than the table of the epoch `known`: now, and whenever there is more. Who has none gets one at once.
     /// Ends with the process.
     pub fn since(&self, known: Option<Epoch>, takes: Takes) -> impl Stream<Item = Arc<WatchResponse>> + Send + use<> {
-        let start = (self.clone(), self.consensus.epoch(), known);
-        stream::unfold(start, move |(tables, mut epochs, known)| async move {
+        let start = (self.clone(), self.consensus.epoch(), known, Instant::now());
+        stream::unfold(start, move |(tables, mut epochs, known, not_before)| async move {
+            sleep_until(not_before).await;
             loop {
                 // Before looking, so that what comes while it is looked at is seen the next time.
                 epochs.mark_unchanged();
                 if let Some(newer) = tables.newer(known, takes).await {
                     let known = Some(newer.epoch);
-                    return Some((newer, (tables, epochs, known)));
+                    return Some((newer, (tables, epochs, known, Instant::now() + TELL_PAUSE)));
                 }
                 epochs.changed().await.ok()?;
             }
