@@ -1,5 +1,8 @@
 //! Traces and metrics, seen from outside: a collector of our own gets the spans, and the HTTP ports are asked.
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use cresset_proto::inference::{
     ModelInferRequest, TraceSettingRequest, TraceSettingResponse, trace_setting_request::SettingValue,
@@ -23,7 +26,7 @@ use tokio::{
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, transport::Server};
 
-use crate::support::{PATIENCE, cluster_with_env, inference, plus_one, row};
+use crate::support::{PATIENCE, cluster, cluster_with_env, command, inference, plus_one, row};
 
 const TRACE: &str = "0123456789abcdef0123456789abcdef";
 const PARENT: &str = "00f067aa0ba902b7";
@@ -187,4 +190,25 @@ async fn every_process_shows_its_metrics_and_its_health() {
         assert!(worker.contains(line), "{line} is missing in {worker}");
     }
     assert!(get(cluster.http("c1").unwrap(), "/metrics").await.contains("cresset_leading 1"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_status_says_how_long_a_model_has_been_idle() {
+    let repository = plus_one();
+    let cluster = cluster(3, 1, &repository, &["plus_one"]);
+    // A worker says it every 5 s.
+    let until = async |holds: fn(u64) -> bool| {
+        let begun = Instant::now();
+        loop {
+            let status = command(&cluster, &["status", "-o", "json"]).json();
+            if status["models"][0]["idle_s"].as_u64().is_some_and(holds) {
+                return;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{status}");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    until(|idle_s| idle_s >= 6).await;
+    inference(&cluster, "c2").await.model_infer(row("plus_one", &[1.0])).await.unwrap();
+    until(|idle_s| idle_s < 6).await;
 }

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use cresset_proto::fleet::v1::{
-    Device, Fenced, Heartbeat, JoinRequest, JoinResponse, Leaving, Observed, Registration, join_request, join_response,
+    Device, Fenced, Heartbeat, Idle, JoinRequest, JoinResponse, Leaving, Observed, Registration, join_request, join_response,
     membership_service_client::MembershipServiceClient,
 };
 use rand::Rng;
@@ -18,12 +18,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming, transport::Endpoint};
 
-use crate::predict::Worker;
+use crate::{models::ServedModel, predict::Worker};
 
 /// How long a coordinator may take to accept a connection or a registration, in ms.
 const ANSWER_TIMEOUT_MS: u64 = 2_000;
 /// How often heartbeats are sent until the leader says otherwise, in ms.
 const HEARTBEAT_INTERVAL_MS: u32 = 250;
+/// How long models have been idle is said in one of so many heartbeats: nobody decides by seconds of it.
+const IDLE_EVERY_BEATS: u64 = 20;
 /// The pause before the next coordinator is tried, in ms; doubled up to the maximum, with jitter.
 const RETRY_PAUSE_MS: std::ops::Range<u64> = 20..400;
 /// Messages that may wait for the leader.
@@ -203,6 +205,7 @@ impl Membership {
         let mut changes = self.worker.models.changes();
         changes.mark_changed();
         let mut told = false;
+        let mut beats: u64 = 0;
         loop {
             let message = tokio::select! {
                 biased;
@@ -218,7 +221,11 @@ impl Membership {
                 Ok(()) = changes.changed() => {
                     join_request::Message::Observed(Observed { replicas: self.worker.models.observed() })
                 }
-                _ = beat.tick() => join_request::Message::Heartbeat(self.heartbeat()),
+                _ = beat.tick() => {
+                    let idle = if beats.is_multiple_of(IDLE_EVERY_BEATS) { self.idle() } else { vec![] };
+                    beats += 1;
+                    join_request::Message::Heartbeat(Heartbeat { idle, ..self.heartbeat() })
+                }
             };
             up.send(JoinRequest { message: Some(message) })
                 .await
@@ -255,6 +262,16 @@ impl Membership {
         }
     }
 
+    fn idle(&self) -> Vec<Idle> {
+        let now = std::time::Instant::now();
+        let of = |served: &Arc<ServedModel>| Idle {
+            model: served.key.model.clone(),
+            version: served.key.version,
+            idle_s: served.metrics.statistics.idle(now).as_secs(),
+        };
+        self.worker.models.served().iter().map(of).collect()
+    }
+
     fn heartbeat(&self) -> Heartbeat {
         let total: u64 = self.introduction.devices.iter().map(|device| device.memory_bytes).sum();
         let used: u64 = self.worker.models.served().iter().map(|served| served.memory_bytes).sum();
@@ -264,6 +281,7 @@ impl Membership {
             requests_in_flight: self.worker.in_flight(),
             requests_total: self.worker.requests_total(),
             sequences_live: u64::try_from(crate::metrics::sequences().get()).unwrap_or(0),
+            idle: vec![],
         }
     }
 }

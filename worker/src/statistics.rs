@@ -218,6 +218,12 @@ impl Recorder {
         }
     }
 
+    /// How long nothing has been computed, since it was loaded if nothing ever was.
+    pub fn idle(&self, now: Instant) -> Duration {
+        let last = self.totals.lock().last.unwrap_or_default();
+        now.saturating_duration_since(self.began + last)
+    }
+
     /// A request of this many rows was answered, `total` after it came and `queue` of that in line. `timing` is that of the
     /// execution that it was part of.
     pub fn success(&self, rows: u64, total: Duration, queue: Duration, timing: &Timing) {

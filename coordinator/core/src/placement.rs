@@ -62,6 +62,8 @@ pub struct Seen {
     pub avoided: BTreeSet<WorkerId>,
     /// Those of them whose replicas are to move.
     pub abandoned: BTreeSet<WorkerId>,
+    /// For how long each model has answered nobody, in s. One that isn't in it counts as used a moment ago.
+    pub idle_s: BTreeMap<ModelKey, u64>,
     /// Workers came or went a moment ago: what is uneven stays so, since it may not be for long.
     pub restless: bool,
 }
@@ -171,6 +173,8 @@ struct Site<'a> {
     key: &'a ModelKey,
     deployment: &'a Deployment,
     shard: u32,
+    /// For how long the model has answered nobody, roughly: see [`evict::idleness`].
+    idleness: u32,
     /// As the state has it.
     found: Shard<'a>,
     /// Workers on which a replica begins.
@@ -226,6 +230,7 @@ impl<'a> Planner<'a> {
                 key,
                 deployment,
                 shard,
+                idleness: seen.idle_s.get(key).map_or(0, |idle_s| evict::idleness(*idle_s)),
                 found,
                 begun: Vec::new(),
                 ended: Vec::new(),

@@ -11,11 +11,12 @@ use std::{
 
 use cresset_core::{
     ClusterState, WorkerId,
+    command::MOVES_MAX,
     liveness::Doubt,
     opinions::{Opinion, Opinions, Tally},
     placement::{self, Plan, Seen},
     standing::Standing,
-    state::{Incarnation, Worker},
+    state::{Incarnation, ModelKey, Worker},
 };
 use cresset_proto::fleet::v1 as fleet;
 use parking_lot::RwLock;
@@ -91,10 +92,19 @@ struct Tables {
     beats: BTreeMap<WorkerId, Beat>,
     /// The stream that speaks for each worker; an older one of the same worker is a leftover.
     sessions: BTreeMap<WorkerId, u64>,
+    /// How long each worker's models have been idle, as it said last.
+    rests: BTreeMap<WorkerId, Rests>,
     /// The lives that the leader doubts. Empty unless this coordinator leads.
     doubts: Doubts,
     /// When a worker last came or went.
     changed_ms: u64,
+}
+
+#[derive(Debug)]
+struct Rests {
+    heard_ms: u64,
+    /// In s, then.
+    idle_s: Vec<(ModelKey, u64)>,
 }
 
 /// Lives that aren't trusted with anything new, and why.
@@ -127,6 +137,9 @@ impl Fleet {
             seen.avoided = doubts.map(|(id, _)| id.clone()).collect();
         }
         let abandoned = self.abandoned().into_iter().filter(|(id, incarnation)| is_current(id, *incarnation));
+        if state.models.values().any(|deployment| deployment.claim.evictable) {
+            seen.idle_s = self.idle_s();
+        }
         seen.abandoned = abandoned.map(|(id, _)| id).collect();
         seen.avoided.extend(seen.abandoned.iter().cloned());
         seen.restless = self.is_restless();
@@ -200,6 +213,7 @@ impl Fleet {
         if spoke {
             tables.sessions.remove(worker);
             tables.beats.remove(worker);
+            tables.rests.remove(worker);
             tables.changed_ms = self.0.clock.now_ms();
         }
         spoke
@@ -209,5 +223,66 @@ impl Fleet {
     pub(super) fn heard(&self, worker: &WorkerId, beat: Beat) -> bool {
         let before = self.0.tables.write().beats.insert(worker.clone(), beat);
         before.is_none_or(|before| before.memory_free_bytes != beat.memory_free_bytes)
+    }
+
+    /// Keeps how long a worker's models have been idle, where it says so.
+    pub(super) fn rested(&self, worker: &WorkerId, idle: &[fleet::Idle]) {
+        if idle.is_empty() {
+            return;
+        }
+        let of = |idle: &fleet::Idle| (ModelKey { name: idle.model.clone(), version: idle.version }, idle.idle_s);
+        let idle_s = idle.iter().take(MOVES_MAX).map(of).collect();
+        let heard_ms = self.0.clock.now_ms();
+        self.0.tables.write().rests.insert(worker.clone(), Rests { heard_ms, idle_s });
+    }
+
+    /// For how long each model has computed nothing on any worker, in s, as far as was heard: taken to go on
+    /// until a worker says otherwise.
+    pub fn idle_s(&self) -> BTreeMap<ModelKey, u64> {
+        let now_ms = self.0.clock.now_ms();
+        let mut least: BTreeMap<ModelKey, u64> = BTreeMap::new();
+        for Rests { heard_ms, idle_s } in self.0.tables.read().rests.values() {
+            let since_s = now_ms.saturating_sub(*heard_ms) / 1_000;
+            for (key, idle_s) in idle_s {
+                let here_s = idle_s.saturating_add(since_s);
+                least.entry(key.clone()).and_modify(|least| *least = here_s.min(*least)).or_insert(here_s);
+            }
+        }
+        least
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::advance;
+
+    use super::*;
+
+    fn idle(model: &str, idle_s: u64) -> fleet::Idle {
+        fleet::Idle { model: model.into(), version: 1, idle_s }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_model_is_as_idle_as_where_it_was_used_last() {
+        let fleet = Fleet::new(placement::Policy::default());
+        let [w1, w2]: [WorkerId; 2] = ["w1", "w2"].map(|id| id.parse().unwrap());
+        let key = |name: &str| ModelKey { name: name.into(), version: 1 };
+        let session = fleet.enter(&w1);
+        fleet.rested(&w1, &[idle("m", 100), idle("n", 90_000)]);
+        advance(Duration::from_secs(30)).await;
+        fleet.rested(&w2, &[idle("m", 7)]);
+        fleet.rested(&w2, &[]);
+        assert_eq!(
+            fleet.idle_s(),
+            BTreeMap::from([(key("m"), 7), (key("n"), 90_030)]),
+            "a heartbeat that says nothing changes nothing"
+        );
+        advance(Duration::from_secs(60)).await;
+        fleet.rested(&w1, &[idle("m", 1), idle("n", 2)]);
+        assert_eq!(fleet.idle_s(), BTreeMap::from([(key("m"), 1), (key("n"), 2)]));
+        fleet.leave(&w1, session);
+        assert_eq!(fleet.idle_s(), BTreeMap::from([(key("m"), 67)]), "what runs nowhere is nowhere idle");
     }
 }

@@ -379,6 +379,7 @@ impl<'a, C: Cluster> Session<'a, C> {
 
     async fn on_heartbeat(&self, heartbeat: &Heartbeat) {
         let memory_changed = self.context.fleet.heard(&self.worker, Beat::new(self.incarnation, heartbeat));
+        self.context.fleet.rested(&self.worker, &heartbeat.idle);
         let (worker, incarnation) = (self.worker.clone(), self.incarnation);
         self.tell(Event::Heartbeat { worker, incarnation, memory_changed }).await;
     }

@@ -61,8 +61,10 @@ impl AdminService for Admin {
         let statuses = futures::stream::unfold(start, |(context, mut applied, mut ticks, last)| async move {
             loop {
                 applied.mark_unchanged();
+                let mut status = context.status(&StatusRequest::default()).await;
                 // That time passes is no news.
-                let status = StatusResponse { age_ms: None, ..context.status(&StatusRequest::default()).await };
+                status.age_ms = None;
+                status.models.iter_mut().for_each(|model| model.idle_s = None);
                 if last.as_ref() != Some(&status) {
                     return Some((Ok(status.clone()), (context, applied, ticks, Some(status))));
                 }

@@ -96,6 +96,7 @@ impl Context {
         let beats = self.fleet.beats();
         let state = self.consensus.view();
         let plan = self.fleet.plan(&state);
+        let idle_s = self.fleet.idle_s();
         let workers = state.workers.iter().map(|(id, worker)| {
             let beat = beats.get(id).copied();
             let said = self.fleet.opinions(id, worker.incarnation);
@@ -139,6 +140,7 @@ impl Context {
                 demands: deployment.map(|deployment| demands(&deployment.demands)),
                 priority: claim.priority,
                 evictable: claim.evictable,
+                idle_s: idle_s.get(&model.key).copied(),
             }
         });
         StatusResponse {

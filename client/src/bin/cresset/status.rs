@@ -124,6 +124,8 @@ pub struct Model {
     pub priority: u32,
     /// It may be ended to make room for what has a higher priority.
     pub evictable: bool,
+    /// For how long it has computed nothing on any worker, in s; null if that isn't known.
+    pub idle_s: Option<u64>,
 }
 
 impl Report {
@@ -281,6 +283,7 @@ impl From<admin::Model> for Model {
             workers_required: demands.workers,
             priority: model.priority,
             evictable: model.evictable,
+            idle_s: model.idle_s,
         }
     }
 }
@@ -480,6 +483,7 @@ pub mod tests {
             demands: None,
             priority: 0,
             evictable: false,
+            idle_s: None,
         };
         StatusResponse {
             cluster_id: "local-0123abcd".to_owned(),

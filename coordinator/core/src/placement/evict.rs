@@ -1,11 +1,11 @@
 //! Room for what matters more: where no worker has any, replicas of models that may be evicted go.
 //!
 //! A model is evicted only for one of a higher priority that begins on the same worker in the same plan, so nothing goes for
-//! nothing. The lowest priority goes first, and as few replicas as will do.
+//! nothing. The lowest priority goes first; of those, what has been idle the longest; and as few replicas as will do.
 use std::{cmp::Reverse, collections::BTreeMap};
 
 use super::{
-    Planner,
+    Planner, Site,
     load::{Load, freed_bytes, need_bytes},
     suits,
 };
@@ -14,11 +14,19 @@ use crate::WorkerId;
 /// Searches for room in one plan. Each looks at all workers, and what finds none now is looked for again in the next plan.
 pub(super) const SEARCHES_MAX: usize = 200;
 
+/// How long a model has been idle, roughly: below a minute 0, then one more each time that it doubles. So what differs by seconds
+/// doesn't decide what goes.
+pub(super) fn idleness(idle_s: u64) -> u32 {
+    (idle_s / 60 + 1).ilog2()
+}
+
 /// What room on a worker costs. Lower is better; fields are compared top to bottom, so their order is the policy.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Cost {
     /// The highest priority that gives way.
     priority: u32,
+    /// The least idle one that gives way.
+    idleness: Reverse<u32>,
     /// As few as will do.
     replicas: usize,
     /// Survive a zone.
@@ -53,10 +61,12 @@ impl<'a> Planner<'a> {
         let room = |planner: &Self, place: usize, load: &Load<'a>| {
             let victims = planner.victims(at, load, evictable.get(load.id)?)?;
             let priority = victims.iter().map(|victim| planner.sites[*victim].deployment.claim.priority).max()?;
+            let idleness = victims.iter().map(|victim| planner.sites[*victim].idleness).min()?;
             let site = &planner.sites[at];
             let hosts = site.found.staying.iter().map(|(worker, _)| *worker).chain(site.begun.iter().copied());
             let cost = Cost {
                 priority,
+                idleness: Reverse(idleness),
                 replicas: victims.len(),
                 replicas_in_zone: planner.loads.in_zone_of(load, hosts),
                 memory_free_bytes: Reverse(load.memory_free_bytes),
@@ -87,31 +97,31 @@ impl<'a> Planner<'a> {
             let goes = other.ended.contains(&load.id) || other.evicted.contains(&load.id) || other.relieved.contains(&load.id);
             other.deployment.claim.gives_way_to(&site.deployment.claim) && !goes
         };
-        let mut candidates: Vec<(u32, usize, i128)> = evictable
-            .iter()
-            .filter(gives_way)
-            .map(|&other| (self.sites[other].deployment.claim.priority, other, self.freed_bytes(other, load)))
-            .filter(|(_, _, freed)| *freed > 0)
-            .collect();
+        let candidate = |&other: &usize| {
+            let freed_bytes = self.freed_bytes(other, load);
+            let Site { deployment, idleness, .. } = &self.sites[other];
+            (freed_bytes > 0).then_some((deployment.claim.priority, Reverse(*idleness), other, freed_bytes))
+        };
+        let mut candidates: Vec<_> = evictable.iter().filter(gives_way).filter_map(candidate).collect();
         candidates.sort_unstable();
         let mut victims = Vec::new();
         for candidate in candidates {
             if missing <= 0 {
                 break;
             }
-            missing -= candidate.2;
+            missing -= candidate.3;
             victims.push(candidate);
         }
         if missing > 0 {
             return None;
         }
-        // Those that aren't needed after all stay, the highest priority first.
+        // Those that aren't needed after all stay, the highest priority and what was used last first.
         for index in (0..victims.len()).rev() {
-            if missing + victims[index].2 <= 0 {
-                missing += victims.remove(index).2;
+            if missing + victims[index].3 <= 0 {
+                missing += victims.remove(index).3;
             }
         }
-        Some(victims.into_iter().map(|(_, other, _)| other).collect())
+        Some(victims.into_iter().map(|(_, _, other, _)| other).collect())
     }
 
     fn freed_bytes(&self, at: usize, load: &Load<'a>) -> i128 {

@@ -3,8 +3,9 @@ use std::collections::BTreeMap;
 use crate::{
     ClusterState, Command, CommandBody, CommandId, Outcome, Reject,
     claim::Claim,
-    placement::{self, Policy},
+    placement::{self, Policy, Seen},
     routes, snapshot,
+    state::ModelKey,
     status::{ModelState, models},
     testkit::{MIB, deploy_claiming, hosts, place, plan, ready, register, registered, replica, run, w},
 };
@@ -83,6 +84,68 @@ fn as_few_go_as_will_do_and_the_lowest_priority_first() {
     assert_eq!(evicted(400), ["b"], "480 MiB more are enough without a's 120");
     assert_eq!(evicted(600), ["a", "b"]);
     assert_eq!(evicted(700), ["b", "c"], "a's 120 MiB aren't needed then");
+}
+
+fn idle(models: &[(&str, u64)]) -> Seen {
+    let key = |name: &str| ModelKey { name: name.into(), version: 1 };
+    Seen { idle_s: models.iter().map(|(name, idle_s)| (key(name), *idle_s)).collect(), ..Seen::default() }
+}
+
+#[test]
+fn of_one_priority_what_was_idle_the_longest_goes_first() {
+    let mut state = full(&[("a", 300, evictable(0)), ("b", 300, evictable(0))]);
+    deploy_claiming(&mut state, "new", 500 * MIB, claiming(1));
+    let evicted = |seen: &[(&str, u64)]| -> Vec<String> {
+        let planned = placement::plan_seeing(&state, &Policy::default(), &idle(seen));
+        planned.evict.into_iter().map(|id| id.model).collect()
+    };
+    assert_eq!(evicted(&[]), ["a"]);
+    assert_eq!(evicted(&[("a", 10), ("b", 600)]), ["b"]);
+    assert_eq!(evicted(&[("a", 600), ("b", 10)]), ["a"]);
+    assert_eq!(evicted(&[("a", 20), ("b", 50)]), ["a"], "both were used a moment ago");
+    assert_eq!(evicted(&[("b", 600)]), ["b"], "what isn't known counts as used");
+}
+
+#[test]
+fn a_lower_priority_goes_before_what_was_idle_and_what_is_idle_before_fewer() {
+    let mut state = full(&[("low", 300, evictable(0)), ("idle", 300, evictable(1))]);
+    deploy_claiming(&mut state, "new", 500 * MIB, claiming(2));
+    let planned = placement::plan_seeing(&state, &Policy::default(), &idle(&[("idle", 86_400)]));
+    assert_eq!(planned.evict, [replica("low", 1, "w1")]);
+
+    let mut state = full(&[("busy", 600, evictable(0)), ("old", 100, evictable(0)), ("older", 100, evictable(0))]);
+    deploy_claiming(&mut state, "new", 200 * MIB, claiming(2));
+    let seen = idle(&[("busy", 1), ("old", 3_000), ("older", 86_400)]);
+    let mut planned = placement::plan_seeing(&state, &Policy::default(), &seen);
+    planned.evict.sort();
+    assert_eq!(planned.evict, [replica("old", 1, "w1"), replica("older", 1, "w1")], "64 MiB are free, 240 needed");
+}
+
+#[test]
+fn room_is_made_where_what_goes_was_idle_the_longest() {
+    let mut state = registered(&["w1", "w2"]);
+    for name in ["a", "b"] {
+        deploy_claiming(&mut state, name, 600 * MIB, evictable(0));
+    }
+    place(&mut state);
+    for worker in ["w1", "w2"] {
+        ready(&mut state, worker);
+    }
+    let host = |name: &str| hosts(&state, name)[0].clone();
+    let (of_a, of_b) = (host("a"), host("b"));
+    assert_ne!(of_a, of_b);
+    let mut state = state.clone();
+    deploy_claiming(&mut state, "new", 500 * MIB, claiming(1));
+    for (seen, goes, there) in [(idle(&[("a", 900)]), "a", &of_a), (idle(&[("b", 900)]), "b", &of_b)] {
+        let planned = placement::plan_seeing(&state, &Policy::default(), &seen);
+        assert_eq!((planned.evict, planned.add), (vec![replica(goes, 1, there)], vec![replica("new", 1, there)]));
+    }
+}
+
+#[test]
+fn idleness_grows_by_doublings_of_a_minute() {
+    let of = [0, 59, 60, 179, 180, 3_600, u64::MAX].map(super::idleness);
+    assert_eq!(of, [0, 0, 1, 1, 2, 5, 58]);
 }
 
 #[test]
