@@ -131,7 +131,7 @@ impl Group {
             let path = logs.join(format!("{id}.log"));
             let log = fs::read_to_string(&path).map_err(failed(format!("can't read {}", path.display())))?;
             let said = |line: &&str| line.contains("judged a worker dead") && line.contains(dead);
-            if let Some(line) = log.lines().filter(said).last() {
+            if let Some(line) = log.lines().rfind(said) {
                 return logged_at(line).with_context(|| format!("no time in '{line}'"));
             }
         }
