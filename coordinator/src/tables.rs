@@ -26,8 +26,11 @@ pub struct Tables {
     whole: Arc<Mutex<Option<Arc<WatchResponse>>>>,
 }
 
-/// From telling a router something until it is told the next: what comes in between is told together. After calm it is told at once.
-const TELL_PAUSE: Duration = Duration::from_millis(5);
+/// A router is told something at once, unless it was told so often lately that it is only kept busy: then what comes within this
+/// time is told together.
+const TELL_EVERY: Duration = Duration::from_millis(5);
+/// How often it is told at once: that many times as often as it would be in all that time (a generic cell rate algorithm).
+const TELL_BURST: u32 = 32;
 
 /// What a router can be told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,14 +51,16 @@ impl Tables {
     /// Ends with the process.
     pub fn since(&self, known: Option<Epoch>, takes: Takes) -> impl Stream<Item = Arc<WatchResponse>> + Send + use<> {
         let start = (self.clone(), self.consensus.epoch(), known, Instant::now());
-        stream::unfold(start, move |(tables, mut epochs, known, not_before)| async move {
-            sleep_until(not_before).await;
+        stream::unfold(start, move |(tables, mut epochs, known, due)| async move {
+            if due > Instant::now() + TELL_EVERY * TELL_BURST {
+                sleep_until(due - TELL_EVERY * TELL_BURST).await;
+            }
             loop {
                 // Before looking, so that what comes while it is looked at is seen the next time.
                 epochs.mark_unchanged();
                 if let Some(newer) = tables.newer(known, takes).await {
                     let known = Some(newer.epoch);
-                    return Some((newer, (tables, epochs, known, Instant::now() + TELL_PAUSE)));
+                    return Some((newer, (tables, epochs, known, due.max(Instant::now()) + TELL_EVERY)));
                 }
                 epochs.changed().await.ok()?;
             }
