@@ -34,8 +34,8 @@ impl Freshness {
         }
     }
 
-    /// How long ago the copy held everything that was agreed on, at most; `None` if that was never known.
-    pub fn age(&self) -> Option<Duration> {
-        self.0.lock().map(|asked| asked.elapsed())
+    /// Everything that was agreed on before this is in the copy; `None` if that was never known.
+    pub fn as_of(&self) -> Option<Instant> {
+        *self.0.lock()
     }
 }

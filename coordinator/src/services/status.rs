@@ -90,8 +90,8 @@ impl Context {
     }
 
     async fn own_status(&self, current: bool) -> StatusResponse {
-        // Before the copy is looked at, which may be newer then.
-        let age = self.freshness.age();
+        // Before the copy is looked at, which may be newer then; how long ago that was counts from the answer.
+        let as_of = self.freshness.as_of();
         let coordinators = self.roles().await;
         let beats = self.fleet.beats();
         let state = self.consensus.view();
@@ -152,7 +152,7 @@ impl Context {
             answered_by: self.id.to_string(),
             current,
             level: state.level.into(),
-            age_ms: if current { Some(0) } else { age.and_then(|age| u64::try_from(age.as_millis()).ok()) },
+            age_ms: if current { Some(0) } else { as_of.and_then(|as_of| u64::try_from(as_of.elapsed().as_millis()).ok()) },
         }
     }
 
