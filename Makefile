@@ -8,7 +8,7 @@ FIRST_SEED ?= 0
 SEEDS ?= 10000
 SEED ?=
 
-.PHONY: help fetch build models up demo bench bench-quorum bench-scale test conformance-triton perf-analyzer fuzz simulate simulate-mutants chaos fmt lint doc deny clean-data
+.PHONY: help fetch build models up demo bench bench-quorum bench-scale test conformance-triton perf-analyzer fuzz simulate simulate-mutants wiring chaos fmt lint doc deny clean-data
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -65,6 +65,9 @@ simulate: build ## the control plane in virtual time; SEEDS and FIRST_SEED choos
 
 simulate-mutants: build ## plant bugs and count the seeds until the simulation finds each
 	@exec target/release/cresset-simulate --mutants --first-seed $(FIRST_SEED)
+
+wiring: fetch ## the coordinators over their real gRPC wiring in virtual time; SEEDS and FIRST_SEED choose what it meets
+	CRESSET_WIRING_SEEDS=$(SEEDS) CRESSET_WIRING_FIRST_SEED=$(FIRST_SEED) cargo test $(CARGO_FLAGS) --test main wiring::coordinators -- --nocapture
 
 # `SECONDS` is a variable of some shells, so only what is said here or on the command line counts.
 SECONDS = 600

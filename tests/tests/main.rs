@@ -28,3 +28,4 @@ mod support;
 mod telemetry;
 mod versions;
 mod watch;
+mod wiring;

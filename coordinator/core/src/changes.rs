@@ -74,26 +74,27 @@ impl Changes {
 
     /// Whether a worker that was `told` what to run at the epoch `known` may have to be told anything else since.
     pub fn concern(&self, known: Epoch, worker: &WorkerId, told: &[Assignment]) -> bool {
-        let first = self.epochs.partition_point(|change| change.epoch <= known);
-        let is_remembered = self.epochs.get(first).is_some_and(|change| change.before == known);
-        !is_remembered || self.epochs.range(first..).any(|change| change.touched.concerns(worker, told))
+        self.after(known).is_none_or(|mut changes| changes.any(|touched| touched.concerns(worker, told)))
     }
 
     /// What the epochs after `known` were about; `None` if not all of them are remembered, or if it is too much.
     pub(crate) fn since(&self, known: Epoch) -> Option<Touched> {
-        let first = self.epochs.partition_point(|change| change.epoch <= known);
-        if self.epochs.get(first).is_none_or(|change| change.before != known) {
-            return None;
-        }
-        if self.epochs.range(first..).map(|change| change.touched.names()).sum::<usize>() > TOLD_NAMES_MAX {
+        if self.after(known)?.map(Touched::names).sum::<usize>() > TOLD_NAMES_MAX {
             return None;
         }
         let mut all = Touched::default();
-        for Change { touched, .. } in self.epochs.range(first..) {
+        for touched in self.after(known)? {
             all.models.extend(touched.models.iter().cloned());
             all.workers.extend(touched.workers.iter().cloned());
         }
         Some(all)
+    }
+
+    /// What the epochs after `known` were about, each; `None` if not all of them are remembered, or if there are none.
+    fn after(&self, known: Epoch) -> Option<impl Iterator<Item = &Touched>> {
+        let first = self.epochs.partition_point(|change| change.epoch <= known);
+        self.epochs.get(first).filter(|change| change.before == known)?;
+        Some(self.epochs.range(first..).map(|change| &change.touched))
     }
 }
 

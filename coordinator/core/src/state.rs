@@ -2,6 +2,7 @@
 //!
 //! Plain data, the same on every peer. Nothing here decides; [`apply`](mod@crate::apply) is the only code that changes it.
 //! Absent on purpose: heartbeats, free memory and anything else that changes by itself. That lives on the leader.
+mod copy_on_write;
 mod replicas;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -9,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-pub use self::replicas::Replicas;
+pub use self::{copy_on_write::CopyOnWrite, replicas::Replicas};
 use crate::{
     PeerId, WorkerId,
     changes::Changes,
@@ -62,14 +63,14 @@ pub struct ClusterState {
     #[serde(default)]
     pub peer_removed_last: Option<PeerId>,
     /// Every worker that ever registered, dead ones included: their fences outlive them.
-    pub workers: BTreeMap<WorkerId, Worker>,
+    pub workers: CopyOnWrite<BTreeMap<WorkerId, Worker>>,
     /// What is deployed: any number of versions of each name.
-    pub models: BTreeMap<ModelKey, Deployment>,
+    pub models: CopyOnWrite<BTreeMap<ModelKey, Deployment>>,
     /// Names for versions, by model. Each points at a version that is deployed and stays.
     #[serde(default)]
-    pub labels: BTreeMap<String, BTreeMap<String, u64>>,
+    pub labels: CopyOnWrite<BTreeMap<String, BTreeMap<String, u64>>>,
     /// Which worker should run what.
-    pub replicas: Replicas,
+    pub replicas: CopyOnWrite<Replicas>,
     /// Answers to recent commands.
     pub remembered: Remembered,
     /// What lately changed for routers.
@@ -104,7 +105,7 @@ impl ClusterState {
         }
     }
 
-    /// A copy that remembers no answers and no changes, which would be most of it in a cluster of usual size. Nothing may be applied to it.
+    /// A copy that remembers no answers and no changes, and so costs next to nothing. Nothing may be applied to it.
     #[must_use]
     pub fn without_answers(&self) -> Self {
         Self {

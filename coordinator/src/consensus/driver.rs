@@ -1,18 +1,19 @@
-//! The thread that owns the node: inputs and time go in, messages, answers and published values come out.
+//! The owner of the node: inputs and time go in, messages, answers and published values come out.
 //!
-//! One thread, since every step may have to wait for the disk, and nothing else may wait for it. It never waits for the
-//! network or for a caller: queues that are full lose messages, which Raft repairs, and refuse callers.
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
+//! A task that has a thread for itself, since every step may have to wait for the disk, and nothing else may wait for it. It
+//! never waits for the network or for a caller: queues that are full lose messages, which Raft repairs, and refuse callers.
+use std::{io, thread, time::Duration};
 
 use cresset_core::{
     CommandId, Effect, PeerId,
     level::{Level, Needs},
     members::MemberChange,
 };
-use tokio::sync::broadcast;
+use tokio::{
+    runtime,
+    sync::{broadcast, oneshot},
+    time::Instant,
+};
 use tracing::{debug, error, info, warn};
 
 use super::{
@@ -118,9 +119,8 @@ impl<L: LogStore> Driver<L> {
     }
 
     /// Runs until it is told to stop, or until the log fails.
-    pub(super) fn run(mut self) -> Result<(), NodeError> {
-        let _abort = AbortOnPanic;
-        let result = self.turns();
+    pub(super) async fn run(mut self) -> Result<(), NodeError> {
+        let result = self.turns().await;
         if let Err(error) = &result {
             error!(%error, "consensus has failed; this coordinator can't go on");
         }
@@ -129,15 +129,14 @@ impl<L: LogStore> Driver<L> {
         result
     }
 
-    fn turns(&mut self) -> Result<(), NodeError> {
+    async fn turns(&mut self) -> Result<(), NodeError> {
         let mut tick_due = Instant::now() + self.tick;
         let mut housekeeping_due = Instant::now() + HOUSEKEEPING;
         self.outbox.links.follow(&self.node.machine().state().read());
         // What was committed before a restart is applied before anybody is let in.
         self.settle()?;
         loop {
-            let wait = tick_due.saturating_duration_since(Instant::now());
-            let Ok(mut input) = self.arrivals.next(wait) else { break };
+            let Ok(mut input) = self.arrivals.next(tick_due).await else { break };
             if input.is_some() {
                 self.mind_space();
             }
@@ -316,6 +315,23 @@ impl<L: LogStore> Driver<L> {
         let epoch = self.node.machine().state().read().epoch;
         self.published.tell(now, epoch);
     }
+}
+
+/// Gives a driver a thread of its own. The result comes once it has ended.
+///
+/// # Errors
+/// If there can't be another thread, or no more of what one needs.
+pub(super) fn on_own_thread<D>(driver: D) -> io::Result<(thread::JoinHandle<()>, oneshot::Receiver<Result<(), NodeError>>)>
+where
+    D: Future<Output = Result<(), NodeError>> + Send + 'static,
+{
+    let (ended_sender, ended) = oneshot::channel();
+    let runtime = runtime::Builder::new_current_thread().enable_time().build()?;
+    let thread = thread::Builder::new().name("raft".to_owned()).spawn(move || {
+        let _abort = AbortOnPanic;
+        let _ = ended_sender.send(runtime.block_on(driver));
+    })?;
+    Ok((thread, ended))
 }
 
 /// A panic in here means that a promise may be broken: nobody may catch it, and the process ends.

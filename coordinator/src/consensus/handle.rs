@@ -20,6 +20,7 @@ use super::{
     machine::Shared,
     node::{MemberSeen, NodeError, NotTaken, RaftStatus},
     published::{Applied, Leadership, Watched},
+    surroundings::Chance,
     transport::{Contacts, REQUEST_BYTES_MAX, jittered},
 };
 
@@ -45,6 +46,7 @@ pub(super) struct Inner {
     pub(super) shared: Shared,
     pub(super) contacts: Contacts,
     pub(super) watched: Watched,
+    pub(super) chance: Chance,
     pub(super) shutdown: CancellationToken,
 }
 
@@ -132,7 +134,7 @@ impl Consensus {
     async fn pause(&self, raft: &mut watch::Receiver<RaftStatus>, wait: Duration) {
         let leader = self.raft().borrow().leader;
         let news = raft.wait_for(|status| status.leader.is_some() && status.leader != leader);
-        let _ = timeout(jittered(wait), async { drop(news.await) }).await;
+        let _ = timeout(jittered(wait, &self.inner.chance), async { drop(news.await) }).await;
     }
 
     /// One attempt, on this peer only.

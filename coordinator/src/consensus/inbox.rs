@@ -2,12 +2,17 @@
 use std::sync::{
     Arc, Weak,
     atomic::{AtomicUsize, Ordering},
-    mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
 };
 
 use bytes::Bytes;
 use cresset_core::{CommandId, level::Needs, members::MemberChange};
-use tokio::sync::oneshot;
+use tokio::{
+    sync::{
+        mpsc::{Receiver, Sender, channel, error::TrySendError},
+        oneshot,
+    },
+    time::{Instant, timeout_at},
+};
 
 use super::{
     guard::Refused,
@@ -78,7 +83,7 @@ pub(super) struct Inbox(Arc<Entrance>);
 
 #[derive(Debug)]
 struct Entrance {
-    sender: SyncSender<Input>,
+    sender: Sender<Input>,
     bytes: Arc<AtomicUsize>,
 }
 
@@ -96,7 +101,7 @@ impl WeakInbox {
 impl Inbox {
     /// A queue, and where its inputs come out.
     pub(super) fn new() -> (Self, Arrivals) {
-        let (sender, receiver) = sync_channel(INPUTS_MAX);
+        let (sender, receiver) = channel(INPUTS_MAX);
         let bytes = Arc::new(AtomicUsize::new(0));
         (Self(Arc::new(Entrance { sender, bytes: Arc::clone(&bytes) })), Arrivals { receiver, bytes })
     }
@@ -119,7 +124,7 @@ impl Inbox {
             bytes.fetch_sub(weight, Ordering::AcqRel);
             match error {
                 TrySendError::Full(input) => NotQueued::Full(input),
-                TrySendError::Disconnected(_) => NotQueued::Closed,
+                TrySendError::Closed(_) => NotQueued::Closed,
             }
         })
     }
@@ -146,18 +151,17 @@ pub(super) struct Arrivals {
 }
 
 impl Arrivals {
-    /// The next input, if one comes before `wait` is over. `Err` once nobody can put one in any more.
-    pub(super) fn next(&self, wait: std::time::Duration) -> Result<Option<Input>, ()> {
-        use std::sync::mpsc::RecvTimeoutError::{Disconnected, Timeout};
-        match self.receiver.recv_timeout(wait) {
-            Ok(input) => Ok(Some(self.taken(input))),
-            Err(Timeout) => Ok(None),
-            Err(Disconnected) => Err(()),
+    /// The next input, if one comes before `deadline`. `Err` once nobody can put one in any more.
+    pub(super) async fn next(&mut self, deadline: Instant) -> Result<Option<Input>, ()> {
+        match timeout_at(deadline, self.receiver.recv()).await {
+            Ok(Some(input)) => Ok(Some(self.taken(input))),
+            Ok(None) => Err(()),
+            Err(_) => Ok(None),
         }
     }
 
     /// An input that is there already.
-    pub(super) fn waiting(&self) -> Option<Input> {
+    pub(super) fn waiting(&mut self) -> Option<Input> {
         self.receiver.try_recv().ok().map(|input| self.taken(input))
     }
 
@@ -177,7 +181,7 @@ mod tests {
 
     #[test]
     fn the_queue_is_bounded_in_number() {
-        let (inbox, arrivals) = Inbox::new();
+        let (inbox, mut arrivals) = Inbox::new();
         for _ in 0..INPUTS_MAX {
             inbox.put(Input::Unreachable { peer: 1 }).unwrap();
         }
@@ -190,7 +194,7 @@ mod tests {
 
     #[test]
     fn the_queue_is_bounded_in_bytes_but_takes_one_input_of_any_size() {
-        let (inbox, arrivals) = Inbox::new();
+        let (inbox, mut arrivals) = Inbox::new();
         inbox.put(message(BYTES_MAX + 1)).unwrap();
         assert!(matches!(inbox.put(message(1)), Err(NotQueued::Full(_))));
         inbox.put(Input::Stop).unwrap();

@@ -1,7 +1,8 @@
 //! Consensus: the coordinators' agreement on the order of commands.
 //!
 //! [`start`] opens the log in the data folder and gives back a [`Consensus`] handle for the rest of the process, the
-//! [`RaftServer`] for the peer port, and a [`DriverHandle`] that tells when it has ended.
+//! [`RaftServer`] for the peer port, and a [`DriverHandle`] that tells when it has ended. [`start_within`] does the same in
+//! whatever [`Surroundings`] it is given.
 //!
 //! ```text
 //!  callers ── Consensus ──┐                          ┌── watch: raft, applied
@@ -13,7 +14,8 @@
 //! - `node`: one member as a plain value, without threads, clocks or sockets; `guard` keeps hostile messages from it. What
 //!   changes the members is in `node/members`.
 //! - `log`, `engine_log`, `identity`: what is on the disk, and the proof that it is all there.
-//! - `driver`, `inbox`, `pending`: the thread around the node, its inputs, and who waits for what.
+//! - `driver`, `inbox`, `pending`: the task around the node, its inputs, and who waits for what.
+//! - `surroundings`: the disk, the network and the chance that it is given.
 //! - `transport`, `service`, `handle`: to the peers, from the peers, and the face to the rest of the process.
 //! - `announced`: what the peers say that they know.
 //!
@@ -35,16 +37,13 @@ mod salvage;
 mod service;
 mod settings;
 mod space;
+mod surroundings;
 #[cfg(test)]
 mod tests;
 mod tracing_drain;
 mod transport;
 
-use std::thread;
-
 use cresset_core::{ClusterState, PeerId};
-use rand::Rng as _;
-use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 pub use engine_log::EngineLog;
@@ -58,6 +57,7 @@ pub use published::{Applied, Leadership};
 pub use salvage::{Salvaged, owner, salvage};
 pub use service::{PeerService, RaftServer};
 pub use settings::{COMMAND_BYTES_MAX, Problem, SNAPSHOT_BYTES_MAX, Settings};
+pub use surroundings::{Chance, Network, Surroundings};
 pub use tracing_drain::silent;
 
 /// Effects that wait for the slowest listener.
@@ -68,41 +68,44 @@ const EFFECTS_MAX: usize = 1_024;
 ///
 /// # Errors
 /// [`StartError`]; nothing is left running.
-pub fn start(settings: &Settings, mut initial: ClusterState) -> Result<(Consensus, RaftServer, DriverHandle), StartError> {
-    settings.check().map_err(|problems| StartError::Settings { problems })?;
-    tokio::runtime::Handle::try_current().map_err(|_| StartError::NoRuntime)?;
-    for (peer, address) in &settings.peers {
-        transport::endpoint(address).map_err(|error| StartError::Settings {
-            problems: vec![Problem { field: "peers", problem: format!("has '{address}' for c{peer}: {error}") }],
-        })?;
-    }
+pub fn start(settings: &Settings, initial: ClusterState) -> Result<(Consensus, RaftServer, DriverHandle), StartError> {
+    check(settings)?;
     let log = EngineLog::open(&settings.data_dir, &settings.cluster_id, settings.id)?;
+    let (consensus, server, driver) = start_within(settings, initial, Surroundings::real(log))?;
+    let (thread, ended) = driver::on_own_thread(driver).map_err(StartError::Thread)?;
+    Ok((consensus, server, DriverHandle { thread: Some(thread), ended }))
+}
+
+/// The same in other surroundings. The driver is the caller's to run: a future that blocks while it waits for the disk, and
+/// ends when consensus does. Dropped, it leaves nothing running.
+///
+/// # Errors
+/// [`StartError`]; nothing is left running.
+pub fn start_within<L: LogStore>(
+    settings: &Settings,
+    mut initial: ClusterState,
+    Surroundings { log, network, chance }: Surroundings<L>,
+) -> Result<(Consensus, RaftServer, impl Future<Output = Result<(), NodeError>> + use<L>), StartError> {
+    check(settings)?;
     if !settings.join {
         initial.founders = settings.peers.keys().copied().map(PeerId).collect();
     }
     let shared = Shared::new(initial).knowing(settings.level_known);
-    let range = settings.election_ticks_min..settings.election_ticks_max;
-    let draw: ElectionDraw = Box::new(move |_| rand::rng().random_range(range.clone()));
+    let draw = surroundings::election_draw(Chance::clone(&chance), settings.election_ticks_min, settings.election_ticks_max);
     let node = Node::new(settings, log, shared.clone(), draw, &tracing_drain::logger())?;
 
     let (inbox, arrivals) = inbox::Inbox::new();
     let shutdown = CancellationToken::new();
     let (published, watched) = published::Published::new(node.status(), shared.state().read().epoch, EFFECTS_MAX);
-    let links = transport::Links::spawn(settings, &inbox, &shutdown);
+    let links = transport::Links::spawn(settings, &inbox, network, Chance::clone(&chance), &shutdown);
     let contacts = links.contacts();
     let announced = announced::Announced::default();
     let driver = driver::Driver::new(node, arrivals, links, published, announced.clone(), settings);
-    let (ended_sender, ended) = oneshot::channel();
-    let ending = shutdown.clone();
-    let thread = thread::Builder::new().name("raft".to_owned()).spawn(move || {
-        let result = driver.run();
-        ending.cancel();
-        let _ = ended_sender.send(result);
-    });
-    let thread = thread.map_err(|error| {
-        shutdown.cancel();
-        StartError::Thread(error)
-    })?;
+    let ending = shutdown.clone().drop_guard();
+    let driver = async move {
+        let _ending = ending;
+        driver.run().await
+    };
     let consensus = Consensus::new(handle::Inner {
         id: settings.id,
         cluster_id: settings.cluster_id.clone(),
@@ -113,8 +116,20 @@ pub fn start(settings: &Settings, mut initial: ClusterState) -> Result<(Consensu
         shared,
         contacts,
         watched,
+        chance,
         shutdown: shutdown.clone(),
     });
     let server = service::server(consensus.clone(), inbox, shutdown);
-    Ok((consensus, server, DriverHandle { thread: Some(thread), ended }))
+    Ok((consensus, server, driver))
+}
+
+fn check(settings: &Settings) -> Result<(), StartError> {
+    settings.check().map_err(|problems| StartError::Settings { problems })?;
+    tokio::runtime::Handle::try_current().map_err(|_| StartError::NoRuntime)?;
+    for (peer, address) in &settings.peers {
+        transport::endpoint(address).map_err(|error| StartError::Settings {
+            problems: vec![Problem { field: "peers", problem: format!("has '{address}' for c{peer}: {error}") }],
+        })?;
+    }
+    Ok(())
 }

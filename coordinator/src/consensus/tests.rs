@@ -13,7 +13,7 @@ use cresset_core::{
     state::PeerInfo,
 };
 use cresset_proto::raft::v1::{DeliverRequest, ReadIndexRequest, raft_service_client::RaftServiceClient};
-use tokio::{runtime::Runtime, time::Instant};
+use tokio::{runtime::Runtime, sync::oneshot, time::Instant};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Code, transport::Server};
 
@@ -383,9 +383,10 @@ async fn a_disk_that_fails_ends_the_driver_and_leaves_no_caller_behind() {
     let (inbox, arrivals) = inbox::Inbox::new();
     let (published, watched) = published::Published::new(node.status(), 0, 8);
     let mut status = watched.raft;
-    let links = transport::Links::spawn(&settings, &inbox, &CancellationToken::new());
+    let Surroundings { network, chance, .. } = Surroundings::real(());
+    let links = transport::Links::spawn(&settings, &inbox, network, chance, &CancellationToken::new());
     let driver = driver::Driver::new(node, arrivals, links, published, announced::Announced::default(), &settings);
-    let thread = thread::spawn(move || driver.run());
+    let (_thread, ended) = driver::on_own_thread(driver.run()).unwrap();
     status.wait_for(|status| status.role == Role::Leader).await.unwrap();
     let mut answers = Vec::new();
     for n in 0..40 {
@@ -407,6 +408,6 @@ async fn a_disk_that_fails_ends_the_driver_and_leaves_no_caller_behind() {
     let (last, acknowledged) = answers.split_last().expect("there was one at least");
     assert!(matches!(last, Err(ProposeError::Indeterminate { .. })), "{last:?}");
     assert!(!acknowledged.is_empty());
-    let error = tokio::task::spawn_blocking(|| thread.join().unwrap()).await.unwrap().unwrap_err();
+    let error = ended.await.unwrap().unwrap_err();
     assert!(error.to_string().contains("data folder disk: can't write the log"), "{error}");
 }

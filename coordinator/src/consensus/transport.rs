@@ -6,15 +6,14 @@
 use std::{
     collections::{BTreeMap, btree_map::Entry},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use cresset_core::{ClusterState, PeerId, level::Level};
 use cresset_proto::raft::v1::{DeliverRequest, InstallSnapshotRequest, raft_service_client::RaftServiceClient};
 use parking_lot::RwLock;
-use rand::Rng as _;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{
@@ -27,6 +26,7 @@ use super::{
     inbox::{Inbox, Input, WeakInbox},
     node::Envelope,
     settings::Settings,
+    surroundings::{Chance, Network},
 };
 
 /// Messages that may wait for one peer.
@@ -75,6 +75,8 @@ struct Wiring {
     runtime: tokio::runtime::Handle,
     level_known: Level,
     standing: Arc<RwLock<Standing>>,
+    network: Arc<dyn Network>,
+    chance: Chance,
 }
 
 /// What every request tells of the cluster, as far as this peer has come: how it began, and the feature level in force.
@@ -105,7 +107,13 @@ struct Waiting {
 
 impl Links {
     /// Starts the tasks to the peers of the settings; they end with `shutdown`. Must be called inside a runtime.
-    pub(super) fn spawn(settings: &Settings, inbox: &Inbox, shutdown: &CancellationToken) -> Self {
+    pub(super) fn spawn(
+        settings: &Settings,
+        inbox: &Inbox,
+        network: Arc<dyn Network>,
+        chance: Chance,
+        shutdown: &CancellationToken,
+    ) -> Self {
         let wiring = Wiring {
             cluster_id: settings.cluster_id.clone(),
             id: settings.id,
@@ -115,6 +123,8 @@ impl Links {
             runtime: tokio::runtime::Handle::current(),
             level_known: settings.level_known,
             standing: Arc::default(),
+            network,
+            chance,
         };
         let (links, contacts, announced) = (BTreeMap::new(), Contacts::default(), BTreeMap::new());
         let mut all = Self { wiring, links, contacts, announced };
@@ -172,7 +182,7 @@ impl Links {
         let _inside = self.wiring.runtime.enter();
         match endpoint(address) {
             Ok(endpoint) => {
-                self.contacts.0.write().insert(peer, endpoint.connect_lazy());
+                self.contacts.0.write().insert(peer, self.wiring.network.connect_lazily(endpoint));
                 self.links.insert(peer, self.wiring.link(inbox, peer, address));
             }
             Err(error) => warn!(peer, address, %error, "the address of a peer can't be one; it isn't connected to"),
@@ -202,6 +212,8 @@ impl Wiring {
             inbox,
             level_known: self.level_known,
             standing: Arc::clone(&self.standing),
+            network: Arc::clone(&self.network),
+            chance: Chance::clone(&self.chance),
         };
         let (to_deliver, to_install, timeout) = (wire.clone(), wire, self.snapshot_timeout);
         let end = self.shutdown.child_token();
@@ -235,6 +247,8 @@ struct Wire {
     inbox: Inbox,
     level_known: Level,
     standing: Arc<RwLock<Standing>>,
+    network: Arc<dyn Network>,
+    chance: Chance,
 }
 
 impl Wire {
@@ -257,7 +271,7 @@ impl Wire {
             if !self.inbox.put_surely(Input::Unreachable { peer: self.peer }).await {
                 return;
             }
-            tokio::time::sleep(jittered(backoff)).await;
+            tokio::time::sleep(jittered(backoff, &self.chance)).await;
             backoff = (backoff * 2).min(BACKOFF_MAX);
         }
     }
@@ -366,7 +380,7 @@ impl Wire {
 
     async fn connect(&self) -> Result<RaftServiceClient<Channel>, Status> {
         let failed = |error: tonic::transport::Error| Status::unavailable(format!("can't connect: {}", root(&error)));
-        let channel = endpoint(&self.address).map_err(failed)?.connect().await.map_err(failed)?;
+        let channel = self.network.connect(endpoint(&self.address).map_err(failed)?).await.map_err(failed)?;
         Ok(RaftServiceClient::new(channel))
     }
 }
@@ -381,6 +395,6 @@ fn root(error: &dyn std::error::Error) -> String {
 }
 
 /// Between half of it and all of it: peers that lost each other together don't come back together.
-pub(super) fn jittered(wait: Duration) -> Duration {
-    wait.mul_f64(rand::rng().random_range(0.5..=1.0))
+pub(super) fn jittered(wait: Duration, chance: &Chance) -> Duration {
+    wait.mul_f64(0.5 + chance() / 2.0)
 }

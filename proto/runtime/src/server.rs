@@ -127,7 +127,12 @@ pub async fn set_health(reporter: &HealthReporter, service: &str, status: Servin
     }
 }
 
-async fn serve<C>(
+/// Serves gRPC on the connections of `incoming`, all in the caller's task and those it spawns, until `stop` is cancelled; then
+/// lets open calls finish within `limits.drain`.
+///
+/// # Errors
+/// [`Error::Grpc`].
+pub async fn serve_connections<C>(
     incoming: impl Stream<Item = io::Result<C>>,
     routes: Routes,
     limits: Limits,

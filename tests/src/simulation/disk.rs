@@ -8,7 +8,7 @@ use super::{Mutant, Us};
 
 /// Where a write is to fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fail {
+pub enum Fail {
     /// Nothing of it was written.
     Before,
     /// It is written, and nobody hears of it.
@@ -17,32 +17,34 @@ pub(super) enum Fail {
 
 /// What the world may turn while a node has the disk.
 #[derive(Debug, Default)]
-pub(super) struct Knobs {
+pub struct Knobs {
     /// How long one sync takes.
-    pub(super) sync_us: Cell<Us>,
+    pub sync_us: Cell<Us>,
     /// How long the writes since the last reset took.
-    pub(super) spent_us: Cell<Us>,
+    pub spent_us: Cell<Us>,
     /// Writes until one fails, and how.
-    pub(super) fails: Cell<Option<(u32, Fail)>>,
+    pub fails: Cell<Option<(u32, Fail)>>,
     /// Whether no write fits any more.
-    pub(super) full: Cell<bool>,
+    pub full: Cell<bool>,
 }
 
 /// A log on a simulated disk.
-pub(super) struct Disk {
+pub struct Disk {
     /// What each batch led to: the first is on the disk, the others are only in the system's memory.
     states: VecDeque<MemoryLog>,
-    pub(super) knobs: Rc<Knobs>,
+    /// What the world turns.
+    pub knobs: Rc<Knobs>,
     mutant: Option<Mutant>,
 }
 
 impl Disk {
-    pub(super) fn new(mutant: Option<Mutant>) -> Self {
+    /// An empty one; some of the planted bugs are the disk's.
+    pub fn new(mutant: Option<Mutant>) -> Self {
         Self { states: VecDeque::from([MemoryLog::default()]), knobs: Rc::default(), mutant }
     }
 
     /// The power is gone: of the batches that weren't synced, a prefix of any length is left.
-    pub(super) fn crash(&mut self, random: &mut StdRng) {
+    pub fn crash(&mut self, random: &mut StdRng) {
         let kept = random.random_range(0..self.states.len());
         self.states.truncate(kept + 1);
         self.states.drain(..kept);

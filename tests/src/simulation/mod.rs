@@ -13,12 +13,12 @@
 //! Whether it finds bugs is shown by planting some: see [`Mutant`]. They live here, in the disk, the state machine and the
 //! clients, so that the shipped code has no switch for them.
 //!
-//! Absent: threads and sockets, and so the driver's thread, `Consensus` and the gRPC transport, which the process tests
-//! cover.
+//! Absent: sockets, and so the driver, `Consensus` and the gRPC transport. `tests/tests/wiring` has those in a simulated network,
+//! and the process tests have them as they are.
 pub mod campaign;
 mod checks;
 mod clients;
-mod disk;
+pub mod disk;
 mod faults;
 mod fleet;
 mod machine;
@@ -32,7 +32,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 pub use faults::Profile;
 
 /// Microseconds of virtual time.
-type Us = u64;
+pub type Us = u64;
 const MS: Us = 1_000;
 const SECOND: Us = 1_000 * MS;
 

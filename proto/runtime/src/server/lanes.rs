@@ -28,7 +28,7 @@ use tonic::{
     transport::server::{Connected, TcpConnectInfo},
 };
 
-use super::{Error, Limits, serve};
+use super::{Error, Limits, serve_connections};
 
 /// Connections that wait for their lane to take them.
 const WAITING_CONNECTIONS_MAX: usize = 64;
@@ -92,7 +92,7 @@ impl Lane {
         thread::Builder::new().name(format!("lane-{number}")).spawn(move || {
             let incoming = ReceiverStream::new(incoming)
                 .map(|(stream, open)| Ok::<_, io::Error>(Counted { stream: TcpStream::from_std(stream)?, _open: open }));
-            let result = runtime.block_on(serve(incoming, routes, limits, stop));
+            let result = runtime.block_on(serve_connections(incoming, routes, limits, stop));
             // Whoever waited for it may have gone.
             let _ = end.send(result);
         })?;

@@ -8,7 +8,7 @@ use cresset_core::{
     command::Cause,
     placement::{self, Policy},
     snapshot,
-    state::{Deployment, Device, ModelKey, REMEMBERED_COMMANDS_MAX, Replica, ReplicaState, Worker, WorkerState},
+    state::{Deployment, Device, ModelKey, REMEMBERED_COMMANDS_MAX, Replica, ReplicaState, Replicas, Worker, WorkerState},
 };
 use cresset_proto::inference::{ModelConfig, ModelInput, ModelOutput};
 use prost::Message;
@@ -59,7 +59,7 @@ pub(super) fn measure(size: &Size, rounds: usize, part: &mut Part) -> anyhow::Re
         part.add("apply_plan_ms", began.elapsed().as_secs_f64() * MS);
     }
     let ready = |replica: &Replica| Replica { state: ReplicaState::Ready, memory_bytes: MODEL_BYTES, ..replica.clone() };
-    placed.replicas = placed.replicas.iter().map(|(id, replica)| (id.clone(), ready(replica))).collect();
+    placed.replicas = placed.replicas.iter().map(|(id, replica)| (id.clone(), ready(replica))).collect::<Replicas>().into();
     for _ in 0..rounds {
         let began = Instant::now();
         let bytes = snapshot::encode(&placed);

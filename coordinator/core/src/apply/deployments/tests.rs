@@ -141,7 +141,7 @@ fn labels_move_together_or_not_at_all() {
     }
     assert!(matches!(set(&mut state, "m", &[("more", 1)]), Outcome::Rejected(Reject::Invalid { .. })));
     run(&mut state, CommandBody::Undeploy { name: "m".into() });
-    assert_eq!(state.labels, BTreeMap::new());
+    assert_eq!(*state.labels, BTreeMap::new());
 }
 
 #[test]
