@@ -7,7 +7,9 @@ use cresset_client::{
     Router, RouterSettings,
     routes::{RouteSender, channel},
 };
+use cresset_core::state::Epoch;
 use futures::StreamExt;
+use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -20,13 +22,19 @@ const FIGURES_EVERY: Duration = Duration::from_millis(500);
 /// Before routes are asked for again that couldn't be used.
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// A router whose routes follow these tables until `closing`.
-pub fn router(tables: Tables, settings: RouterSettings, tasks: &TaskTracker, closing: &CancellationToken) -> Router {
+/// A router whose routes follow these tables until `closing`, and the epoch that it was told of last.
+pub fn router(
+    tables: Tables,
+    settings: RouterSettings,
+    tasks: &TaskTracker,
+    closing: &CancellationToken,
+) -> (Router, watch::Receiver<Epoch>) {
     let (sender, watched) = channel();
-    tasks.spawn(closing.clone().run_until_cancelled_owned(follow(tables, sender)));
+    let (told, routed) = watch::channel(0);
+    tasks.spawn(closing.clone().run_until_cancelled_owned(follow(tables, sender, told)));
     let router = Router::new(watched, settings);
     tasks.spawn(closing.clone().run_until_cancelled_owned(tell(router.clone())));
-    router
+    (router, routed)
 }
 
 /// Shows what the router does.
@@ -38,11 +46,13 @@ async fn tell(router: Router) {
     }
 }
 
-async fn follow(tables: Tables, sender: RouteSender) {
+async fn follow(tables: Tables, sender: RouteSender, told: watch::Sender<Epoch>) {
     loop {
         let mut newer = pin!(tables.since(Some(sender.epoch()).filter(|epoch| *epoch > 0), Takes::Changes));
         while let Some(table) = newer.next().await {
-            if let Err(error) = sender.publish(&table) {
+            let published = sender.publish(&table);
+            told.send_replace(table.epoch);
+            if let Err(error) = published {
                 tracing::error!(%error, epoch = table.epoch, "routes can't be used; the last ones stay");
                 break;
             }

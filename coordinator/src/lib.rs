@@ -107,12 +107,12 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let freshness = Freshness::default();
     tasks.spawn(closing.clone().run_until_cancelled_owned(freshness.clone().keep(consensus.clone())));
     let tables = Tables::new(consensus.clone());
-    let router = gateway::router(tables.clone(), config.router(), &tasks, &closing);
+    let (router, routed) = gateway::router(tables.clone(), config.router(), &tasks, &closing);
     let others = others(&consensus, &config);
     let store = Store::open(&config.data_dir.join("files"), &config.cluster_id, others).map_err(Error::Store)?;
     tasks.spawn(store.clone().follow(consensus.clone(), closing.clone()));
     let repository = Repository::new(&config.model_repository).remembering_digests();
-    let known = services::Known { fleet, tables, freshness };
+    let known = services::Known { fleet, tables, freshness, routed };
     let context = Arc::new(Context::new(config.id, consensus.clone(), known, repository, store.clone(), closing.clone()));
     let public = services::routes(&context, &router, server::lanes(config.grpc_threads, 1), config.message_bytes_max);
     tasks.spawn(closing.clone().run_until_cancelled_owned(Arc::clone(&context).report(router.clone())));

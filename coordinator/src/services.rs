@@ -15,12 +15,15 @@ use cresset_client::{
     Router,
     repository::{Repository, RepositoryError, StoredModel},
 };
-use cresset_core::{Command, Outcome, PeerId, Reject};
+use cresset_core::{Command, Outcome, PeerId, Reject, state::Epoch};
 use cresset_proto::{
     admin::v1::admin_service_server::AdminServiceServer, fleet::v1::routes_service_server::RoutesServiceServer,
     inference::grpc_inference_service_server::GrpcInferenceServiceServer, metadata::timeout, reason::Reason,
 };
-use tokio::time::{Instant, timeout_at};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, codec::CompressionEncoding, metadata::MetadataMap, service::Routes};
 
@@ -45,6 +48,8 @@ pub struct Known {
     pub tables: Tables,
     /// How old the copy of the state may be.
     pub freshness: Freshness,
+    /// The epoch that this coordinator's own router was told of last.
+    pub routed: watch::Receiver<Epoch>,
 }
 
 /// What the services ask.
@@ -54,6 +59,7 @@ pub struct Context {
     fleet: Fleet,
     tables: Tables,
     freshness: Freshness,
+    routed: watch::Receiver<Epoch>,
     repository: Repository,
     store: Store,
     peers: status::Peers,
@@ -70,8 +76,8 @@ impl Context {
         store: Store,
         closing: CancellationToken,
     ) -> Self {
-        let Known { fleet, tables, freshness } = known;
-        Self { id, consensus, fleet, tables, freshness, repository, store, peers: status::Peers::default(), closing }
+        let Known { fleet, tables, freshness, routed } = known;
+        Self { id, consensus, fleet, tables, freshness, routed, repository, store, peers: status::Peers::default(), closing }
     }
 
     /// Reads a model where it may take its time: one version, or those that its version policy chooses.
@@ -92,6 +98,13 @@ impl Context {
         // It is agreed in any case; one that can't catch up in time only says so later than it could.
         let _ = timeout_at(deadline, applied.wait_for(|applied| applied.epoch >= epoch)).await;
         Ok(outcome)
+    }
+
+    /// Waits until this coordinator's own router knows of an epoch: who deployed a model may ask it next. One that is told so late that
+    /// the call would end before is no reason to say that the call failed.
+    async fn until_routed(&self, epoch: Epoch, deadline: Instant) {
+        let mut routed = self.routed.clone();
+        let _ = timeout_at(deadline, routed.wait_for(|routed| *routed >= epoch)).await;
     }
 
     /// [`propose`](Self::propose), where a rejection is an error.

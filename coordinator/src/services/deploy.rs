@@ -86,7 +86,9 @@ impl Context {
         let only = wanted.version.is_none();
         let config = config.encode_to_vec().into();
         let set = DeploySet { name: wanted.name, config, shards: 1, platform, versions, stored, only };
-        match self.agree(&Command { id, body: CommandBody::DeploySet(set) }, deadline).await? {
+        let outcome = self.agree(&Command { id, body: CommandBody::DeploySet(set) }, deadline).await?;
+        self.until_routed(epoch_of(&outcome), deadline).await;
+        match outcome {
             Outcome::DeployedSet { versions, epoch } => Ok(response(versions, epoch)),
             Outcome::Deployed { version, generation, epoch } => Ok(response(vec![(version, generation)], epoch)),
             Outcome::Done { .. } => {
@@ -144,14 +146,17 @@ impl Context {
         let mut applied = self.consensus.applied();
         for wanted in versions {
             loop {
-                let status = {
+                let (epoch, status) = {
                     let state = self.consensus.view();
                     let mut all = models(&state, &self.fleet.plan(&state)).into_iter();
-                    all.find(|model| model.key.name == name && model.key.version == wanted.version)
+                    (state.epoch, all.find(|model| model.key.name == name && model.key.version == wanted.version))
                 };
                 let Some(status) = status else { return Err(failed("it was unloaded meanwhile")) };
                 match status.state {
-                    ModelState::Ready => break,
+                    ModelState::Ready => {
+                        self.until_routed(epoch, deadline).await;
+                        break;
+                    }
                     ModelState::Failed | ModelState::Evicted => return Err(failed(&status.reason)),
                     _ if status.stuck => return Err(failed(&status.reason)),
                     ModelState::Loading | ModelState::Degraded => {}
