@@ -51,6 +51,7 @@ struct Report {
     cuts: u64,
     disks_failed: u64,
     snapshots: u64,
+    handed_over: u64,
 }
 
 fn run(seed: u64, planted: Option<Planted>) -> Report {
@@ -84,6 +85,7 @@ fn run(seed: u64, planted: Option<Planted>) -> Report {
         crashes: faults.crashes,
         cuts: faults.cuts,
         disks_failed: witness.disks_failed.get(),
+        handed_over: witness.handed_over.get(),
         snapshots: shelves.values().map(|shelf| shelf.snapshots.get()).sum(),
     }
 }
@@ -96,23 +98,26 @@ fn setting(name: &str, usual: u64) -> u64 {
 fn coordinators_agree_over_their_real_wiring() {
     let (first, seeds) = (setting("CRESSET_WIRING_FIRST_SEED", 0), setting("CRESSET_WIRING_SEEDS", SEEDS));
     let began = std::time::Instant::now();
-    let mut sums = [0; 6];
+    let mut sums = [0; 7];
     for seed in first..first + seeds {
-        let Report { violation, answered, leaders, crashes, cuts, disks_failed, snapshots, .. } = run(seed, None);
+        let Report { violation, answered, leaders, crashes, cuts, disks_failed, snapshots, handed_over, .. } = run(seed, None);
         assert_eq!(violation, None, "seed {seed}; CRESSET_WIRING_FIRST_SEED={seed} CRESSET_WIRING_SEEDS=1 has it again");
-        for (sum, more) in sums.iter_mut().zip([answered, leaders, crashes, cuts, disks_failed, snapshots]) {
+        for (sum, more) in sums.iter_mut().zip([answered, leaders, crashes, cuts, disks_failed, snapshots, handed_over]) {
             *sum += more;
         }
     }
-    let [answered, leaders, crashes, cuts, disks_failed, snapshots] = sums;
+    let [answered, leaders, crashes, cuts, disks_failed, snapshots, handed_over] = sums;
     println!(
-        "{seeds} seeds, {} virtual s in {:.0} s: {answered} operations, {leaders} leaders, {crashes} crashes, {cuts} cuts, {disks_failed} failed disks, {snapshots} snapshots sent",
+        "{seeds} seeds, {} virtual s in {:.0} s: {answered} operations, {leaders} leaders, {crashes} crashes, {cuts} cuts, {disks_failed} failed disks, {snapshots} snapshots sent, {handed_over} times handed over",
         seeds * END.as_secs(),
         began.elapsed().as_secs_f64()
     );
     // A run in which nothing happens finds nothing either.
     assert!(answered > seeds * 400, "clients had only {answered} answers");
-    assert!(seeds < SEEDS || [leaders, crashes, cuts, disks_failed, snapshots].iter().all(|count| *count > seeds), "{sums:?}");
+    assert!(
+        seeds < SEEDS || [leaders, crashes, cuts, disks_failed, snapshots, handed_over].iter().all(|count| *count > seeds),
+        "{sums:?}"
+    );
 }
 
 #[test]

@@ -14,7 +14,7 @@ use cresset_coordinator::consensus::{
 use cresset_core::{ClusterState, Command, CommandBody, CommandId, Outcome, command::DeploySpec};
 use cresset_runtime::server;
 use cresset_tests::{linearizability::Action, simulation::disk::Disk};
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand::{Rng, SeedableRng, rngs::StdRng, seq::IteratorRandom};
 use tokio::{
     task::spawn_local,
     time::{Instant, sleep},
@@ -32,6 +32,8 @@ use super::{
 pub const CLIENTS: u64 = 2;
 /// Registers.
 const KEYS: u32 = 3;
+/// How long handing over leadership may take.
+const HAND_OVER: Duration = Duration::from_secs(1);
 /// How long a client tries before it gives an operation up.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -117,6 +119,9 @@ impl Client {
         loop {
             let key = format!("m{}", self.random.random_range(0..KEYS));
             let may_write = turmoil::sim_elapsed().unwrap_or_default() < WRITES_END;
+            if self.number == 0 && self.random.random_ratio(1, 40) {
+                self.hand_over().await;
+            }
             let reads = self.number == 0 && (!may_write || self.random.random_ratio(1, 2));
             let answered = match (reads, may_write) {
                 (true, _) => self.read(key).await,
@@ -127,6 +132,14 @@ impl Client {
                 self.witness.answered(self.id, self.number);
             }
             sleep(Duration::from_millis(self.random.random_range(10..200))).await;
+        }
+    }
+
+    /// Has leadership handed to somebody, by whoever leads.
+    async fn hand_over(&mut self) {
+        let to = IDS.choose(&mut self.random);
+        if self.consensus.transfer_leadership(to, Instant::now() + HAND_OVER).await.is_ok() {
+            self.witness.handed_over();
         }
     }
 

@@ -35,6 +35,7 @@ pub struct Witness {
     values: Cell<u64>,
     pub answered: Cell<u64>,
     pub disks_failed: Cell<u64>,
+    pub handed_over: Cell<u64>,
 }
 
 fn now() -> Duration {
@@ -111,6 +112,11 @@ impl Witness {
     pub fn answered(&self, id: u64, client: u64) {
         self.answered.set(self.answered.get() + 1);
         self.answered_at.borrow_mut().insert((id, client), now());
+    }
+
+    /// Leadership was handed over because somebody asked for it.
+    pub fn handed_over(&self) {
+        self.handed_over.set(self.handed_over.get() + 1);
     }
 
     fn happened(&self, what: impl Hash) {
