@@ -19,6 +19,7 @@ use tracing::{debug, error, info, warn};
 use super::{
     announced::Announced,
     error::{ProposeError, ReadRefused},
+    handle::DriverHandle,
     inbox::{Arrivals, Input},
     log::LogStore,
     machine::{Answer, Shared},
@@ -317,11 +318,11 @@ impl<L: LogStore> Driver<L> {
     }
 }
 
-/// Gives a driver a thread of its own. The result comes once it has ended.
+/// Gives a driver a thread of its own.
 ///
 /// # Errors
 /// If there can't be another thread, or no more of what one needs.
-pub(super) fn on_own_thread<D>(driver: D) -> io::Result<(thread::JoinHandle<()>, oneshot::Receiver<Result<(), NodeError>>)>
+pub(super) fn on_own_thread<D>(driver: D) -> io::Result<DriverHandle>
 where
     D: Future<Output = Result<(), NodeError>> + Send + 'static,
 {
@@ -331,7 +332,7 @@ where
         let _abort = AbortOnPanic;
         let _ = ended_sender.send(runtime.block_on(driver));
     })?;
-    Ok((thread, ended))
+    Ok(DriverHandle { thread: Some(thread), ended })
 }
 
 /// A panic in here means that a promise may be broken: nobody may catch it, and the process ends.

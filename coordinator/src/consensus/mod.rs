@@ -72,8 +72,8 @@ pub fn start(settings: &Settings, initial: ClusterState) -> Result<(Consensus, R
     check(settings)?;
     let log = EngineLog::open(&settings.data_dir, &settings.cluster_id, settings.id)?;
     let (consensus, server, driver) = start_within(settings, initial, Surroundings::real(log))?;
-    let (thread, ended) = driver::on_own_thread(driver).map_err(StartError::Thread)?;
-    Ok((consensus, server, DriverHandle { thread: Some(thread), ended }))
+    let driver = driver::on_own_thread(driver).map_err(StartError::Thread)?;
+    Ok((consensus, server, driver))
 }
 
 /// The same in other surroundings. The driver is the caller's to run: a future that blocks while it waits for the disk, and

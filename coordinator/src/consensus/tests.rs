@@ -386,7 +386,7 @@ async fn a_disk_that_fails_ends_the_driver_and_leaves_no_caller_behind() {
     let Surroundings { network, chance, .. } = Surroundings::real(());
     let links = transport::Links::spawn(&settings, &inbox, network, chance, &CancellationToken::new());
     let driver = driver::Driver::new(node, arrivals, links, published, announced::Announced::default(), &settings);
-    let (_thread, ended) = driver::on_own_thread(driver.run()).unwrap();
+    let mut driver = driver::on_own_thread(driver.run()).unwrap();
     status.wait_for(|status| status.role == Role::Leader).await.unwrap();
     let mut answers = Vec::new();
     for n in 0..40 {
@@ -408,6 +408,6 @@ async fn a_disk_that_fails_ends_the_driver_and_leaves_no_caller_behind() {
     let (last, acknowledged) = answers.split_last().expect("there was one at least");
     assert!(matches!(last, Err(ProposeError::Indeterminate { .. })), "{last:?}");
     assert!(!acknowledged.is_empty());
-    let error = ended.await.unwrap().unwrap_err();
+    let error = driver.ended().await.unwrap_err();
     assert!(error.to_string().contains("data folder disk: can't write the log"), "{error}");
 }

@@ -12,6 +12,9 @@ use cresset_core::{
     state::{Epoch, Incarnation, ModelKey},
 };
 
+use cresset_proto::fleet::v1::WatchResponse;
+use prost::Message;
+
 use super::machine::Applied;
 
 /// What the checks ask about a state right after a command.
@@ -58,8 +61,7 @@ impl Routes {
     fn of(state: &ClusterState) -> Self {
         let table = routes(state);
         let mut hash = DefaultHasher::new();
-        // The debug form says everything that the table does.
-        format!("{:?}{:?}", table.models, table.workers).hash(&mut hash);
+        WatchResponse::from(&table).encode_to_vec().hash(&mut hash);
         let workers = table.workers.into_iter().map(|route| (route.worker, route.incarnation)).collect();
         Self { hash: hash.finish(), workers }
     }

@@ -93,7 +93,10 @@ impl LogStore for Disk {
         if fail == Some(Fail::Before) {
             return Err(self.refuse("input/output error"));
         }
-        let mut next = self.states.back().cloned().unwrap_or_default();
+        let is_synced = batch.sync && self.mutant != Some(Mutant::SendBeforeFsync);
+        // After a sync there is no way back to what was before, so nothing has to be copied.
+        let last = if is_synced { self.states.pop_back() } else { self.states.back().cloned() };
+        let mut next = last.unwrap_or_default();
         let too_far = match self.mutant {
             Some(Mutant::CompactUnapplied) if batch.compact.is_some() && !batch.clear => {
                 next.load()?.and_then(|stored| stored.entries.last().map(|entry| (entry.index, entry.term)))
@@ -108,7 +111,7 @@ impl LogStore for Disk {
             hard_state: batch.hard_state.clone(),
             sync: batch.sync,
         })?;
-        if batch.sync && self.mutant != Some(Mutant::SendBeforeFsync) {
+        if is_synced {
             self.knobs.spent_us.set(self.knobs.spent_us.get() + self.knobs.sync_us.get());
             self.states.clear();
         }
