@@ -64,7 +64,7 @@ fn run(seed: u64, planted: Option<Planted>) -> Report {
         let (shelf, witness) = (Rc::clone(shelf), Rc::clone(&witness));
         sim.host(name(id), move || coordinator::run(seed, id, Rc::clone(&shelf), Rc::clone(&witness), planted));
     }
-    let mut faults = Faults::new(StdRng::seed_from_u64(seed), shelves.clone(), seed % 2 == 0);
+    let mut faults = Faults::new(StdRng::seed_from_u64(seed), shelves.clone(), seed.is_multiple_of(2));
     while sim.elapsed() < END && witness.violation().is_none() {
         faults.turn(&mut sim);
         // A panic is a finding like any other.

@@ -11,7 +11,6 @@ use cresset_core::{
     routes::{ModelRoute, routes},
     state::{Epoch, Incarnation, ModelKey},
 };
-
 use cresset_proto::fleet::v1::WatchResponse;
 use prost::Message;
 
