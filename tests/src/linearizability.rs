@@ -5,6 +5,9 @@
 //! of those that are left, and a set of operations that led nowhere with the same value isn't tried twice.
 use std::collections::{BTreeSet, HashSet};
 
+/// Steps for the history of one register. One that can't be decided in so many is a finding.
+pub const STEPS_MAX: usize = 5_000_000;
+
 /// What an operation did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {

@@ -21,7 +21,7 @@ use cresset_proto::admin::v1::{
 };
 use cresset_tests::{
     harness::{Cluster, ModelRepository, fp32_model, leader_of},
-    linearizability::{Action, Operation, Verdict, check},
+    linearizability::{Action, Operation, STEPS_MAX, Verdict, check},
 };
 use rand::Rng;
 use tokio::{
@@ -46,7 +46,6 @@ const WRITE_PATIENCE: Duration = Duration::from_secs(6);
 const READ_TIMEOUT: Duration = Duration::from_secs(3);
 /// Writes before, during and after each fault.
 const WRITES_PER_STEP: u64 = 40;
-const STEPS_MAX: usize = 5_000_000;
 /// Models whose replicas are registers, and labels that are written at a time.
 const AT_ONCE: u64 = 3;
 

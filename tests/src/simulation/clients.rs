@@ -1,15 +1,16 @@
 //! Clients that write and read registers, one operation after the other, and write down what they saw.
 //!
-//! A register is a model, its value the size that it was deployed with. A write keeps its command id in every retry, as the
+//! A write keeps its command id in every retry, as the
 //! command line does.
 use std::collections::BTreeMap;
 
-use cresset_core::{Command, CommandBody, CommandId, command::DeploySpec};
+use cresset_core::{Command, CommandId};
 use rand::{Rng, seq::IteratorRandom};
 
 use super::{
     END, MS, SECOND, Us,
     network::Address,
+    register,
     world::{Event, Request, World},
 };
 use crate::linearizability::{Action, Operation};
@@ -90,18 +91,9 @@ impl World {
         let may_write = self.now < END - SETTLE;
         let what = if may_write && self.random.random_ratio(3, 5) {
             self.values_used = value;
-            let spec = DeploySpec {
-                name: key.clone(),
-                version: 1,
-                config: bytes::Bytes::new(),
-                digest: "0".into(),
-                size_bytes: value,
-                replicas_wanted: self.random.random_range(1..=3),
-                shards: 1,
-                platform: "null".into(),
-            };
+            let body = register::write(&key, value, self.random.random_range(1..=3));
             let id = self.fresh_id();
-            What::Write { command: Command { id, body: CommandBody::Deploy(spec) }, value }
+            What::Write { command: Command { id, body }, value }
         } else {
             What::Read
         };

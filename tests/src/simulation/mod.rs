@@ -25,6 +25,7 @@ mod machine;
 mod members;
 mod network;
 mod peer;
+pub mod register;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -16,6 +16,7 @@ use super::{
     fleet::Duties,
     machine::{Applied, Machine},
     network::Address,
+    register,
     world::{Event, World},
 };
 
@@ -321,8 +322,7 @@ impl World {
 
     /// What a key's register holds on a coordinator.
     fn value(&self, id: u64, key: &str) -> Option<u64> {
-        let state = &self.peers.get(&id)?.node.as_ref()?.machine().state;
-        state.models.iter().find(|(model, _)| model.name == key).map(|(_, deployment)| deployment.size_bytes)
+        register::read(&self.peers.get(&id)?.node.as_ref()?.machine().state, key)
     }
 }
 

@@ -28,8 +28,6 @@ const CLIENTS: u64 = 5;
 const WORKERS: u64 = 5;
 const FIRST_CLIENT: Address = 100;
 const FIRST_WORKER: Address = 200;
-/// A history that can't be decided in so many steps is a finding.
-const LINEARIZABILITY_STEPS_MAX: usize = 5_000_000;
 
 /// Everything that can happen.
 pub(super) enum Event {
@@ -466,7 +464,7 @@ impl World {
         self.checks.nothing_is_lost();
         self.give_up();
         for (key, history) in std::mem::take(&mut self.histories) {
-            match linearizability::check(&history, LINEARIZABILITY_STEPS_MAX) {
+            match linearizability::check(&history, linearizability::STEPS_MAX) {
                 Verdict::Linearizable => {}
                 Verdict::Violated => self.checks.fail(format!("the history of '{key}' is not linearizable")),
                 Verdict::Undecided => self.checks.fail(format!("the history of '{key}' can't be decided")),

@@ -7,13 +7,15 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use cresset_coordinator::consensus::{
     Batch, Consensus, LogError, LogStore, ProposeError, Settings, Stored, Surroundings, start_within,
 };
-use cresset_core::{ClusterState, Command, CommandBody, CommandId, Outcome, command::DeploySpec};
+use cresset_core::{ClusterState, Command, CommandId, Outcome};
 use cresset_runtime::server;
-use cresset_tests::{linearizability::Action, simulation::disk::Disk};
+use cresset_tests::{
+    linearizability::Action,
+    simulation::{disk::Disk, register},
+};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IteratorRandom};
 use tokio::{
     task::spawn_local,
@@ -100,8 +102,7 @@ pub async fn run(seed: u64, id: u64, shelf: Rc<Shelf>, witness: Rc<Witness>, pla
     Ok(())
 }
 
-/// Writes and reads registers through one coordinator, one operation after the other. A register is a model, its value the size
-/// that it was deployed with.
+/// Writes and reads registers through one coordinator, one operation after the other.
 ///
 /// tokio wakes those who wait for the same watch in an order of its own, which no seed decides. So only the first client waits for
 /// any; the others write, and try again by themselves.
@@ -145,17 +146,7 @@ impl Client {
 
     async fn write(&mut self, key: String) -> bool {
         let value = self.witness.fresh_value();
-        let spec = DeploySpec {
-            name: key.clone(),
-            version: 1,
-            config: Bytes::new(),
-            digest: "0".into(),
-            size_bytes: value,
-            replicas_wanted: 1,
-            shards: 1,
-            platform: "null".into(),
-        };
-        let command = Command { id: CommandId(self.random.random()), body: CommandBody::Deploy(spec) };
+        let command = Command { id: CommandId(self.random.random()), body: register::write(&key, value, 1) };
         let operation = self.witness.begun(&key, Action::Write(value));
         let answer = match self.number {
             0 => self.consensus.propose_retrying(&command, Instant::now() + PATIENCE).await,
@@ -193,10 +184,7 @@ impl Client {
         if barrier.await.is_err() {
             return false;
         }
-        let value = {
-            let state = self.consensus.state();
-            state.models.iter().find(|(model, _)| model.name == key).map(|(_, deployment)| deployment.size_bytes)
-        };
+        let value = register::read(&self.consensus.state(), &key);
         self.witness.returned(&key, operation, Action::Read(value));
         true
     }

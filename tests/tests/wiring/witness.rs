@@ -20,7 +20,6 @@ pub const WRITES_END: Duration = Duration::from_secs(57);
 pub const END: Duration = Duration::from_secs(60);
 /// Answers that came later than this show that a client was served after all was healed.
 const HEALED: Duration = Duration::from_secs(50);
-const LINEARIZABILITY_STEPS_MAX: usize = 5_000_000;
 
 /// The witness of one run.
 #[derive(Default)]
@@ -148,7 +147,7 @@ impl Witness {
             self.fail(format!("two coordinators differ at the end: {:?} and {:?}", pair[0], pair[1]));
         }
         for (key, history) in &*self.histories.borrow() {
-            match linearizability::check(history, LINEARIZABILITY_STEPS_MAX) {
+            match linearizability::check(history, linearizability::STEPS_MAX) {
                 Verdict::Linearizable => {}
                 verdict => self.fail(format!("the history of {key} is {verdict:?}")),
             }
