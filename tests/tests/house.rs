@@ -31,10 +31,11 @@ const KEPT_TO: [(&str, &str); 6] = [
 ];
 
 /// Rooms that decide and do nothing: time comes in as a value, effects go out as values.
-const PURE: [&str; 13] = [
+const PURE: [&str; 14] = [
     "worker/src/health.rs",
     "coordinator/core/src",
     "worker/src/batching.rs",
+    "worker/src/batching",
     "worker/src/assignment.rs",
     "worker/src/admission.rs",
     "client/src/balance.rs",

@@ -11,6 +11,7 @@ mod datapath;
 mod decoupled;
 mod drain;
 mod failover;
+mod gpu;
 mod health;
 mod house;
 mod in_process;

@@ -1,6 +1,7 @@
 // What the shim's files share: errors across the C boundary, and the handles' insides.
 #pragma once
 
+#include <c10/core/Stream.h>
 #include <torch/csrc/jit/api/module.h>
 
 #include <cstdlib>
@@ -82,6 +83,17 @@ struct Instance {
   explicit Instance(Module copy) : module(std::move(copy)), forward(module.get_method("forward")) {}
 };
 
+// Where the calls of an instance on a GPU go: all of them compute on one stream, in turn; each handle copies on its own.
+struct Streams {
+  c10::Stream compute;
+  c10::Stream copies;
+
+  // Nothing for the CPU.
+  static std::optional<Streams> of(at::Device device);
+  // For another handle of the same instance.
+  Streams beside() const;
+};
+
 std::shared_ptr<const Pristine> make_pristine(const Module& loaded, at::Device device);
 Module copy_of(const Pristine& pristine);
 // Throws if a copy has written to the weights that all copies share.
@@ -96,8 +108,10 @@ Module restore_state(const Pristine& pristine, const uint8_t* data, size_t lengt
 struct crst_module {
   std::shared_ptr<const crst::Pristine> pristine;
   std::shared_ptr<const crst::Plan> plan;
-  std::optional<crst::Instance> instance;  // made at the first stateless call
-  bool shares = false;                     // another module has the same parameters
+  std::optional<crst::Streams> streams = crst::Streams::of(pristine->device);
+  // Made at the first stateless call; all handles of an instance have the same one.
+  std::shared_ptr<std::optional<crst::Instance>> instance = std::make_shared<std::optional<crst::Instance>>();
+  bool shares = false;  // another module has the same parameters
 };
 
 struct crst_sequence {

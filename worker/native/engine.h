@@ -47,6 +47,8 @@ typedef struct crst_sequence crst_sequence;
 typedef struct crst_generation crst_generation;
 // A model that was compiled to native code by AOTInductor.
 typedef struct crst_package crst_package;
+// A call of a module on a GPU, under way.
+typedef struct crst_staged crst_staged;
 // What a call returned, in order.
 typedef struct crst_results crst_results;
 // One returned tensor, kept alive while its bytes are in use.
@@ -130,6 +132,18 @@ uint64_t crst_module_bytes(const crst_module* module);
 uint64_t crst_module_fingerprint(const crst_module* module);
 int32_t crst_module_forward(crst_module* module, const crst_input* inputs, size_t count,
                             crst_results** out, crst_error* error);
+
+// A call on a GPU, in three parts, so that the copies of one call can be made while another computes:
+// Another handle on the very same instance, with a stream of its own for copies. Of all handles of an instance only one at a
+// time may be in crst_module_compute; that is the caller's business.
+int32_t crst_module_second(crst_module* module, crst_module** out, crst_error* error);
+// Lays the inputs into pinned memory and has them copied to the GPU.
+int32_t crst_module_stage(crst_module* module, const crst_input* inputs, size_t count, crst_staged** out, crst_error* error);
+// Runs forward on what was staged, with this handle or another of the instance, and waits for the GPU.
+int32_t crst_module_compute(crst_module* module, crst_staged* staged, crst_error* error);
+// Copies what forward returned to pinned memory, waits for that, and hands it out. To be called once, after crst_module_compute.
+int32_t crst_staged_results(crst_staged* staged, crst_results** out, crst_error* error);
+void crst_staged_free(crst_staged* staged);
 
 int32_t crst_sequence_open(crst_module* module, crst_sequence** out, crst_error* error);
 void crst_sequence_free(crst_sequence* sequence);

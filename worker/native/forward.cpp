@@ -1,4 +1,5 @@
-// Running a module: stateless calls, the steps of a sequence, and the responses of a decoupled request.
+// Running a module: stateless calls, the steps of a sequence, and the responses of a decoupled request. Calls in three parts are
+// in staged.cpp.
 
 #include "values.h"
 
@@ -6,7 +7,29 @@ namespace crst {
 
 namespace {
 
-// The arguments of forward for one call.
+// Calls forward; the times go into `results`, what it returns to the caller.
+IValue call_forward(Instance& instance, const Plan& plan, at::Device device, const crst_input* inputs, size_t count,
+                    crst_results& results) {
+  auto began = Clock::now();
+  std::vector<IValue> stack = arguments(plan, device, inputs, count);
+  auto assembled = Clock::now();
+  IValue returned = instance.forward(std::move(stack));
+  results.input_ns = nanoseconds(assembled - began);
+  results.infer_ns = nanoseconds(Clock::now() - assembled);
+  return returned;
+}
+
+std::unique_ptr<crst_results> run(Instance& instance, const Plan& plan, at::Device device, const crst_input* inputs,
+                                  size_t count) {
+  Turn turn(device);
+  auto results = std::make_unique<crst_results>();
+  IValue returned = call_forward(instance, plan, device, inputs, count, *results);
+  gather(std::move(returned), *results);
+  return results;
+}
+
+}  // namespace
+
 std::vector<IValue> arguments(const Plan& plan, at::Device device, const crst_input* inputs, size_t count) {
   if (count != plan.inputs) {
     throw Refusal{CRST_FAILED, "a call needs as many inputs as were bound"};
@@ -38,27 +61,6 @@ std::vector<IValue> arguments(const Plan& plan, at::Device device, const crst_in
   return stack;
 }
 
-// Calls forward; the times go into `results`, what it returns to the caller.
-IValue call_forward(Instance& instance, const Plan& plan, at::Device device, const crst_input* inputs, size_t count,
-                    crst_results& results) {
-  auto began = Clock::now();
-  std::vector<IValue> stack = arguments(plan, device, inputs, count);
-  auto assembled = Clock::now();
-  IValue returned = instance.forward(std::move(stack));
-  results.input_ns = nanoseconds(assembled - began);
-  results.infer_ns = nanoseconds(Clock::now() - assembled);
-  return returned;
-}
-
-std::unique_ptr<crst_results> run(Instance& instance, const Plan& plan, at::Device device, const crst_input* inputs,
-                                  size_t count) {
-  Turn turn(device);
-  auto results = std::make_unique<crst_results>();
-  IValue returned = call_forward(instance, plan, device, inputs, count, *results);
-  gather(std::move(returned), *results);
-  return results;
-}
-
 const Plan& plan_of(const crst_module& module) {
   if (!module.plan) {
     throw Refusal{CRST_FAILED, "the module's arguments have not been bound"};
@@ -66,7 +68,12 @@ const Plan& plan_of(const crst_module& module) {
   return *module.plan;
 }
 
-}  // namespace
+Instance& instance_of(crst_module& module) {
+  if (!module.instance->has_value()) {
+    module.instance->emplace(copy_of(*module.pristine));
+  }
+  return **module.instance;
+}
 
 }  // namespace crst
 
@@ -76,10 +83,7 @@ int32_t crst_module_forward(crst_module* module, const crst_input* inputs, size_
                             crst_results** out, crst_error* error) {
   return guarded(error, [&] {
     const auto& plan = crst::plan_of(*module);
-    if (!module->instance.has_value()) {
-      module->instance.emplace(crst::copy_of(*module->pristine));
-    }
-    auto results = crst::run(*module->instance, plan, module->pristine->device, inputs, count);
+    auto results = crst::run(crst::instance_of(*module), plan, module->pristine->device, inputs, count);
     if (module->shares) {
       crst::refuse_written_weights(*module->pristine);
     }

@@ -83,7 +83,9 @@ at::Tensor tensor_of(const crst_input& input, const std::string& name, at::Devic
   auto wire = static_cast<at::ScalarType>(input.type);
   auto inside = inside_type(wire, rule);
   size_t wire_size = c10::elementSize(wire);
-  at::Tensor tensor = at::empty(at::IntArrayRef(input.shape, input.rank), at::TensorOptions().dtype(inside));
+  // Only from pinned memory can a GPU copy while the processor goes on.
+  auto options = at::TensorOptions().dtype(inside).pinned_memory(!device.is_cpu());
+  at::Tensor tensor = at::empty(at::IntArrayRef(input.shape, input.rank), options);
   auto* to = static_cast<uint8_t*>(tensor.mutable_data_ptr());
   size_t left = static_cast<size_t>(tensor.numel());
   for (size_t i = 0; i < input.part_count; i++) {
@@ -99,7 +101,7 @@ at::Tensor tensor_of(const crst_input& input, const std::string& name, at::Devic
   if (left != 0) {
     bad_input(name, "has parts that are shorter than its shape");
   }
-  return device.is_cpu() ? tensor : tensor.to(device);
+  return device.is_cpu() ? tensor : tensor.to(device, inside, /*non_blocking=*/true);
 }
 
 c10::List<std::string> texts_of(const crst_input& input, const std::string& name) {

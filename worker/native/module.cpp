@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
 #include <torch/csrc/api/include/torch/cuda.h>
@@ -150,15 +151,7 @@ int32_t crst_cuda_load(const char* path, int32_t* devices, crst_error* error) {
 
 int32_t crst_cuda_memory(int32_t ordinal, uint64_t* free_bytes, uint64_t* total_bytes, crst_error* error) {
   return guarded(error, [&] {
-    using Get = int (*)(size_t*, size_t*);
-    using Set = int (*)(int);
-    auto get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "cudaMemGetInfo"));
-    auto set = reinterpret_cast<Set>(dlsym(RTLD_DEFAULT, "cudaSetDevice"));
-    size_t free_now = 0;
-    size_t total = 0;
-    if (get == nullptr || set == nullptr || set(ordinal) != 0 || get(&free_now, &total) != 0) {
-      throw crst::Refusal{CRST_FAILED, "the CUDA runtime can't say how much memory the device has"};
-    }
+    auto [free_now, total] = c10::getDeviceAllocator(at::kCUDA)->getMemoryInfo(static_cast<c10::DeviceIndex>(ordinal));
     *free_bytes = free_now;
     *total_bytes = total;
   });
@@ -176,14 +169,20 @@ int32_t crst_module_load(const char* path, int32_t cuda, crst_module** out, crst
     if (!module.find_method("forward").has_value()) {
       throw crst::Refusal{CRST_FAILED, "the module has no method `forward`"};
     }
-    *out = new crst_module{crst::make_pristine(module, device), nullptr, std::nullopt};
+    auto pristine = crst::make_pristine(module, device);
+    if (!device.is_cpu()) {
+      // It was put there by this thread's stream; others will use it.
+      torch::cuda::synchronize(device.index());
+    }
+    *out = new crst_module{std::move(pristine), nullptr};
   });
 }
 
 int32_t crst_module_twin(crst_module* module, crst_module** out, crst_error* error) {
   return guarded(error, [&] {
     crst::refuse_written_weights(*module->pristine);
-    *out = new crst_module{module->pristine, module->plan, std::nullopt, true};
+    *out = new crst_module{module->pristine, module->plan};
+    (*out)->shares = true;
     module->shares = true;
   });
 }

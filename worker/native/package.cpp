@@ -155,8 +155,9 @@ int32_t crst_package_run(crst_package* package, const crst_input* inputs, size_t
     results->infer_ns = crst::nanoseconds(crst::Clock::now() - assembled);
     for (auto& tensor : returned) {
       crst::IValue value(std::move(tensor));
-      crst::gather(std::move(value), *results);
+      crst::collect(std::move(value), *results);
     }
+    crst::settle(*results);
     // A result may lie in the package's own memory, as a constant does.
     results->owner = package->inside;
     *out = results.release();

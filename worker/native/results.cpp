@@ -1,6 +1,7 @@
 // What a module returned to bytes: taken apart, settled on the CPU, and handed out without a copy.
 
 #include <ATen/Functions.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <limits>
 
@@ -12,25 +13,36 @@ namespace {
 
 constexpr int kReturnDepthMax = 16;
 
+// Whether nobody else holds a tensor, or memory of it.
+bool is_own(const at::Tensor& tensor) { return tensor.use_count() == 1 && tensor.storage().use_count() == 1; }
+
+// A copy in pinned memory, once the current stream has made it. Pinned memory is kept and used again by libtorch.
+at::Tensor begin_copy(const at::Tensor& tensor) {
+  auto options = tensor.options().device(at::kCPU).pinned_memory(true);
+  at::Tensor copy = at::empty(tensor.sizes(), options);
+  copy.copy_(tensor, /*non_blocking=*/true);
+  return copy;
+}
+
 // A tensor whose bytes are row-major, on the CPU, and nobody else's: the module may keep writing to
-// a tensor that it returned.
-at::Tensor settle(at::Tensor tensor) {
+// a tensor that it returned. What is copied from a GPU has to live until the copy is made, in `sources`.
+at::Tensor settled(at::Tensor tensor, std::vector<at::Tensor>& sources) {
   if (tensor.is_quantized()) {
     tensor = tensor.dequantize();
   }
   if (tensor.layout() != at::kStrided) {
     tensor = tensor.to_dense();
   }
-  if (!tensor.device().is_cpu()) {
-    tensor = tensor.to(at::kCPU);
-  }
   tensor = tensor.resolve_conj().resolve_neg();
-  bool own = tensor.use_count() == 1 && tensor.storage().use_count() == 1;
+  if (!tensor.device().is_cpu()) {
+    sources.push_back(tensor.contiguous());
+    return begin_copy(sources.back());
+  }
   bool wasteful = tensor.storage().nbytes() > 2 * tensor.nbytes() + 4096;
   if (!tensor.is_contiguous()) {
     return tensor.contiguous();
   }
-  return own && !wasteful ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
+  return is_own(tensor) && !wasteful ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
 // Byte strings in the wire's framing. They are kept in a tensor of bytes, so that they are handed
@@ -102,15 +114,33 @@ void flatten(IValue value, std::string name, std::vector<crst_results::Result>& 
 
 }  // namespace
 
-void gather(IValue returned, crst_results& results) {
-  size_t first = results.results.size();
-  flatten(std::move(returned), "", results.results, 0);
-  for (size_t i = first; i < results.results.size(); i++) {
-    auto& result = results.results[i];
-    if (result.tensor.defined() && !result.texts.has_value()) {
-      result.tensor = settle(std::move(result.tensor));
+void collect(IValue returned, crst_results& results) { flatten(std::move(returned), "", results.results, 0); }
+
+void make_own(crst_results& results) {
+  for (auto& result : results.results) {
+    auto& tensor = result.tensor;
+    if (tensor.defined() && !is_own(tensor)) {
+      tensor = tensor.clone();
     }
   }
+}
+
+void settle(crst_results& results) {
+  std::vector<at::Tensor> sources;
+  for (auto& result : results.results) {
+    if (result.tensor.defined() && !result.texts.has_value()) {
+      result.tensor = settled(std::move(result.tensor), sources);
+    }
+  }
+  for (const auto& source : sources) {
+    c10::impl::VirtualGuardImpl gpu(source.device().type());
+    gpu.synchronizeStream(gpu.getStream(source.device()));
+  }
+}
+
+void gather(IValue returned, crst_results& results) {
+  collect(std::move(returned), results);
+  settle(results);
 }
 
 }  // namespace crst

@@ -36,11 +36,21 @@ inline uint64_t nanoseconds(Clock::duration duration) {
 // Unsigned integers that libtorch can store but hardly compute with.
 enum class Unsigned { kWiden, kAsTheyAre };
 
-// The tensor that an input's parts make up, on the device. Refuses with CRST_BAD_INPUT.
+// The tensor that an input's parts make up, on the device: on a GPU once the current stream gets there. Refuses with
+// CRST_BAD_INPUT.
 at::Tensor tensor_of(const crst_input& input, const std::string& name, at::Device device, Unsigned rule);
 
 // The byte strings of an input. Refuses with CRST_BAD_INPUT.
 c10::List<std::string> texts_of(const crst_input& input, const std::string& name);
+
+// The arguments of forward for one call.
+std::vector<IValue> arguments(const Plan& plan, at::Device device, const crst_input* inputs, size_t count);
+
+// Refuses a module whose arguments have not been bound.
+const Plan& plan_of(const crst_module& module);
+
+// The copy of a module that answers its stateless requests.
+Instance& instance_of(crst_module& module);
 
 // How a thread has to be set while it runs a model.
 struct Turn {
@@ -56,6 +66,16 @@ struct Turn {
 
 // Takes apart what a model returned, and adds it to the results: tuples, lists and dicts become one result
 // for each value in them.
+void collect(IValue returned, crst_results& results);
+
+// Clones results that anybody else can write to.
+void make_own(crst_results& results);
+
+// Makes row-major tensors of the results, on the CPU and nobody else's. What lies on a GPU is copied by the current stream, which is
+// waited for.
+void settle(crst_results& results);
+
+// All of what a model returned in one go.
 void gather(IValue returned, crst_results& results);
 
 }  // namespace crst

@@ -6,8 +6,11 @@
 //!
 //! Levels, preferred sizes and timeouts mean what they mean in Triton's dynamic batcher (its `model_configuration.md`,
 //! "Dynamic Batcher").
+mod handles;
+
 use std::collections::{BTreeMap, VecDeque};
 
+pub use self::handles::Handles;
 use crate::contract::{QueuePolicy, Queueing, TimeoutAction};
 
 /// Requests that one decision looks at, as a multiple of the batch's rows.
@@ -145,6 +148,11 @@ impl<T> Line<T> {
     /// Whether none waits.
     pub fn is_empty(&self) -> bool {
         self.requests == 0
+    }
+
+    /// Whether as many rows wait as a batch can have; of one request, if batches have no rows.
+    pub fn is_full(&self, rows_max: usize) -> bool {
+        self.levels.values().map(|level| level.rows).sum::<usize>() >= rows_max.max(1)
     }
 
     /// Puts a request at the end of its level.

@@ -126,9 +126,17 @@ struct Loaded {
     contract: Contract,
     config: ModelConfig,
     /// Its instances, and where each belongs.
-    models: Vec<(Device, Box<dyn Model>)>,
+    models: Vec<Instance>,
     /// What state a sequence begins with.
     initial: Vec<Tensor>,
+}
+
+/// An instance of a model, before it has its threads.
+struct Instance {
+    device: Device,
+    model: Box<dyn Model>,
+    /// Brings inputs to a GPU while the first computes.
+    second: Option<Box<dyn Model>>,
 }
 
 type Table = HashMap<String, BTreeMap<u64, Arc<ServedModel>>>;
@@ -406,9 +414,9 @@ impl Inner {
         let kind =
             EngineKind::of(&config.platform, &config.backend, &stored.file, &contract.parameters).map_err(ContractError)?;
         let mut spec = load_spec(&contract, stored.file, kind)?;
-        let mut models: Vec<(Device, Box<dyn Model>)> = Vec::new();
+        let mut models: Vec<Instance> = Vec::new();
         for device in self.places(&contract)? {
-            let twin = models.iter_mut().find(|(other, _)| *other == device).and_then(|(_, model)| model.twin());
+            let twin = models.iter_mut().find(|other| other.device == device).and_then(|other| other.model.twin());
             spec.device = device;
             let mut model = match twin {
                 Some(twin) => twin,
@@ -416,7 +424,8 @@ impl Inner {
             };
             takes_what_is_left_out(&contract, model.signature()).map_err(LoadError::File)?;
             warm_up(model.as_mut(), &contract, &initial, |file| read("warmup", file))?;
-            models.push((device, model));
+            let second = if runs_batches(&contract) { model.second() } else { None };
+            models.push(Instance { device, model, second });
         }
         Ok(Loaded { key, generation: assignment.generation, contract, config, models, initial })
     }
@@ -425,13 +434,15 @@ impl Inner {
     /// the one that starts it.
     fn place(&self, loaded: Loaded, took: Duration) -> Result<ServedModel, LoadError> {
         let Loaded { key, generation, contract, config, models, initial } = loaded;
-        let devices = models.iter().map(|(device, _)| *device).collect();
-        let mut instances = Vec::new();
-        for (device, model) in models {
-            instances.push(self.devices.place(device, model, &contract, Arc::clone(&self.engine)).map_err(LoadError::Thread)?);
+        let devices = models.iter().map(|instance| instance.device).collect();
+        let mut instances: Vec<Vec<PlacedModel>> = Vec::new();
+        for Instance { device, model, second } in models {
+            let place = |handle| self.devices.place(device, handle, &contract, Arc::clone(&self.engine));
+            let handles = [Some(model), second].into_iter().flatten().map(place).collect::<Result<_, _>>();
+            instances.push(handles.map_err(LoadError::Thread)?);
         }
         let metrics = ModelMetrics::new(&key.model, key.version, metrics::triton::recorder(&key.model, key.version, took));
-        let memory_bytes = instances.iter().map(PlacedModel::memory_bytes).sum();
+        let memory_bytes = instances.iter().flatten().map(PlacedModel::memory_bytes).sum();
         let contract = Arc::new(contract);
         let runner = runner(&contract, instances, initial, self.bounds, &metrics);
         Ok(ServedModel { key, generation, contract, config, runner, metrics, devices, memory_bytes })
@@ -482,20 +493,27 @@ impl Inner {
     }
 }
 
+/// Whether requests of the model are run in batches from a queue, which has work for a second handle.
+fn runs_batches(contract: &Contract) -> bool {
+    let is_inside = contract.sequence.as_ref().is_some_and(|sequence| matches!(sequence.memory, Memory::Inside));
+    !contract.decoupled && !is_inside
+}
+
 fn runner(
     contract: &Arc<Contract>,
-    instances: Vec<PlacedModel>,
+    instances: Vec<Vec<PlacedModel>>,
     initial: Vec<Tensor>,
     bounds: Bounds,
     metrics: &ModelMetrics,
 ) -> Runner {
     if contract.decoupled {
+        let instances = instances.into_iter().flatten().collect();
         return Runner::Decoupled(Decoupled::new(Arc::clone(contract), instances, bounds, metrics.clone()));
     }
     let queue = |instances| ModelQueue::start(Arc::clone(contract), instances, bounds, metrics.clone());
     let Some(spec) = contract.sequence.clone() else { return Runner::Queue(queue(instances)) };
     let home = match spec.memory {
-        Memory::Inside => Home::Copies { instances, next: AtomicUsize::new(0) },
+        Memory::Inside => Home::Copies { instances: instances.into_iter().flatten().collect(), next: AtomicUsize::new(0) },
         Memory::Tensors(_) => Home::Queue { queue: queue(instances), initial },
     };
     Runner::Sequences(Sequences::new(Arc::clone(contract), spec, home, metrics.clone()))

@@ -20,7 +20,7 @@ pub use crate::batching::Bounds;
 use crate::{
     admission::Admitted,
     batch::{answers, assemble, shape_class},
-    batching::{Decision, Dropped, Full, Line, Ordering, Pace, Waiting},
+    batching::{Decision, Dropped, Full, Handles, Line, Ordering, Pace, Waiting},
     contract::Contract,
     engine::{
         EngineError, Model, Outputs, Timing,
@@ -60,9 +60,11 @@ pub struct ModelQueue {
     contract: Arc<Contract>,
     bounds: Bounds,
     metrics: ModelMetrics,
-    instances: Vec<PlacedModel>,
+    /// The handles of all instances.
+    handles: Vec<PlacedModel>,
+    instances: u64,
     waiting: Mutex<State>,
-    /// What each instance runs at the moment.
+    /// What each handle runs at the moment.
     running: Vec<Mutex<Running>>,
     /// How long batches run of late, in µs; 0 before the first.
     batch_us: AtomicU64,
@@ -80,19 +82,26 @@ impl std::fmt::Debug for ModelQueue {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     line: Line<Entry>,
     next_number: u64,
-    /// Instances that have nothing to do, the last one first.
-    idle: Vec<usize>,
-    /// When an instance will be woken to look again.
+    handles: Handles,
+    /// When a handle will be woken to look again.
     alarm: Option<Instant>,
     /// Why nothing is taken any more.
     closed: Option<Closed>,
 }
 
-/// What an instance runs, where it can be answered if the instance never comes back.
+impl State {
+    /// Takes an idle handle that would find work.
+    fn wake(&mut self, contract: &Contract) -> Option<usize> {
+        let is_full = self.line.is_full(contract.batch_rows_max);
+        self.handles.wake(is_full)
+    }
+}
+
+/// What a handle runs, where it can be answered if the handle never comes back.
 #[derive(Debug, Default)]
 struct Running {
     batch: Vec<Entry>,
@@ -132,16 +141,21 @@ impl Drop for Caller<'_> {
 }
 
 impl ModelQueue {
-    /// A queue in front of these instances, on the runtime that this is called on.
-    pub fn start(contract: Arc<Contract>, instances: Vec<PlacedModel>, bounds: Bounds, metrics: ModelMetrics) -> Arc<Self> {
-        let idle = (0..instances.len()).rev().collect();
-        let running = instances.iter().map(|_| Mutex::default()).collect();
+    /// A queue in front of these instances, each with its handles, on the runtime that this is called on.
+    pub fn start(contract: Arc<Contract>, instances: Vec<Vec<PlacedModel>>, bounds: Bounds, metrics: ModelMetrics) -> Arc<Self> {
+        let of_handle = |(instance, handles): (usize, &Vec<PlacedModel>)| std::iter::repeat_n(instance, handles.len());
+        let handles = Handles::new(&instances.iter().enumerate().flat_map(of_handle).collect::<Vec<_>>());
+        let state = State { line: Line::default(), next_number: 0, handles, alarm: None, closed: None };
+        let count = instances.len() as u64;
+        let handles: Vec<PlacedModel> = instances.into_iter().flatten().collect();
+        let running = handles.iter().map(|_| Mutex::default()).collect();
         let queue = Arc::new(Self {
             contract,
             bounds,
             metrics,
-            instances,
-            waiting: Mutex::new(State { idle, ..State::default() }),
+            handles,
+            instances: count,
+            waiting: Mutex::new(state),
             running,
             batch_us: 0.into(),
             gone: 0.into(),
@@ -149,11 +163,11 @@ impl ModelQueue {
             origin: Instant::now(),
             runtime: Handle::current(),
         });
-        for (instance, model) in queue.instances.iter().enumerate() {
+        for (handle, model) in queue.handles.iter().enumerate() {
             let queue = Arc::downgrade(&queue);
             model.thread().on_fence(move |why| {
                 if let Some(queue) = queue.upgrade() {
-                    queue.abandon(instance, Some(why));
+                    queue.abandon(handle, Some(why));
                 }
             });
         }
@@ -199,13 +213,13 @@ impl ModelQueue {
             taken = self.take_in(&mut state, waiting, &mut entry);
         }
         self.show_length(&state);
-        let idle = if taken.is_ok() { state.idle.pop() } else { None };
+        let idle = if taken.is_ok() { state.wake(&self.contract) } else { None };
         drop(state);
         for entry in swept {
             self.settle(entry, Err(PredictError::Deadline));
         }
-        if let Some(instance) = idle {
-            self.wake(instance);
+        if let Some(handle) = idle {
+            self.wake(handle);
         }
         taken
     }
@@ -243,7 +257,7 @@ impl ModelQueue {
     /// How fast the line moves; `None` before the first batch.
     fn pace(&self) -> Option<Pace> {
         let batch_us = self.batch_us.load(Relaxed);
-        let pace = Pace { batch_us, rows_max: self.contract.batch_rows_max, instances: self.instances.len() as u64 };
+        let pace = Pace { batch_us, rows_max: self.contract.batch_rows_max, instances: self.instances };
         (batch_us > 0).then_some(pace)
     }
 
@@ -252,15 +266,15 @@ impl ModelQueue {
         Duration::from_micros(self.batch_us.load(Relaxed).clamp(1_000, 1_000_000))
     }
 
-    /// Has an instance look for work until there is none.
-    fn wake(self: &Arc<Self>, instance: usize) {
-        if let Some(model) = self.instances.get(instance) {
-            let mut driver = Driver { queue: Arc::downgrade(self), instance, ended: false };
+    /// Has a handle look for work until there is none.
+    fn wake(self: &Arc<Self>, handle: usize) {
+        if let Some(model) = self.handles.get(handle) {
+            let mut driver = Driver { queue: Arc::downgrade(self), handle, ended: false };
             model.drive(move |model| driver.turn(model));
         }
     }
 
-    /// Wakes an instance at a time, unless one is woken before that anyway.
+    /// Wakes a handle at a time, unless one is woken before that anyway.
     fn wake_at(self: &Arc<Self>, at: Instant) {
         let mut state = self.waiting.lock();
         if state.alarm.is_some_and(|alarm| alarm <= at) {
@@ -276,10 +290,10 @@ impl ModelQueue {
             if state.alarm == Some(at) {
                 state.alarm = None;
             }
-            let idle = state.idle.pop();
+            let idle = state.wake(&queue.contract);
             drop(state);
-            if let Some(instance) = idle {
-                queue.wake(instance);
+            if let Some(handle) = idle {
+                queue.wake(handle);
             }
         });
     }
@@ -325,19 +339,24 @@ impl ModelQueue {
         self.metrics.waiting.set(i64::try_from(state.line.len()).unwrap_or(i64::MAX));
     }
 
-    /// Takes the next batch out of the line for an instance, or notes that it is idle. Expired and abandoned requests go
+    /// Takes the next batch out of the line for a handle, or notes that it is idle. Expired and abandoned requests go
     /// first: they must not cost the device anything.
-    fn cut(&self, instance: usize) -> Cut {
+    fn cut(&self, handle: usize) -> Cut {
         let mut state = self.waiting.lock();
         let now_us = self.us(Instant::now());
         let queueing = &self.contract.queueing;
         let mut dropped = state.line.expire(queueing, now_us);
         let is_alive = |entry: &Entry| !entry.reply.is_closed();
         let gone = |entry| dropped.push((Dropped::Abandoned, entry));
-        let decision = state.line.next(self.contract.batch_rows_max, queueing, now_us, is_alive, gone);
+        let rows_max = self.contract.batch_rows_max;
+        let decision = if state.handles.may_cut(handle, state.line.is_full(rows_max)) {
+            state.line.next(rows_max, queueing, now_us, is_alive, gone)
+        } else {
+            Decision::Idle
+        };
         if !matches!(decision, Decision::Cut(_)) {
-            // Under the same lock as the decision: whoever comes next finds the instance idle and wakes it.
-            state.idle.push(instance);
+            // Under the same lock as the decision: whoever comes next finds the handle idle and wakes it.
+            state.handles.rest(handle);
         }
         self.show_length(&state);
         drop(state);
@@ -356,11 +375,11 @@ impl ModelQueue {
     }
 
     /// Runs a batch and answers its requests. On the device's thread.
-    fn run_batch(&self, model: &mut dyn Model, instance: usize, mut batch: Vec<Entry>) -> Turn {
+    fn run_batch(&self, model: &mut dyn Model, handle: usize, mut batch: Vec<Entry>) -> Turn {
         batch.iter_mut().for_each(|entry| entry.pending = None);
         let mut rest = Vec::new();
         loop {
-            let Some((ran, result)) = self.infer(model, instance, batch, &mut rest) else { return self.gone(instance) };
+            let Some((ran, result)) = self.infer(model, handle, batch, &mut rest) else { return self.gone(handle) };
             match result {
                 Ok(outputs) => self.deliver(ran, &outputs),
                 Err(EngineError::DeviceLost(why)) => return self.lose(ran.into_iter().chain(rest.into_iter().rev()), why),
@@ -375,8 +394,8 @@ impl ModelQueue {
             let Some(next) = rest.pop() else { return Turn::Again };
             batch = vec![next];
             // Each call has its own time.
-            if let Some(instance) = self.instances.get(instance) {
-                instance.thread().lap();
+            if let Some(handle) = self.handles.get(handle) {
+                handle.thread().lap();
             }
         }
     }
@@ -385,11 +404,11 @@ impl ModelQueue {
     fn infer(
         &self,
         model: &mut dyn Model,
-        instance: usize,
+        handle: usize,
         batch: Vec<Entry>,
         rest: &mut Vec<Entry>,
     ) -> Option<(Vec<Entry>, Result<Outputs, EngineError>)> {
-        let place = self.running.get(instance)?;
+        let place = self.running.get(handle)?;
         let inputs = assemble(&self.contract, &admitted(&batch));
         *place.lock() = Running { batch, rest: std::mem::take(rest) };
         let result = model.infer(&inputs);
@@ -398,20 +417,26 @@ impl ModelQueue {
         (!ran.batch.is_empty()).then_some((ran.batch, result))
     }
 
-    /// The instance came back after it had been given up.
-    fn gone(&self, instance: usize) -> Turn {
-        match self.instances.get(instance).map(|model| model.thread().lost()) {
+    /// The handle came back after it had been given up.
+    fn gone(&self, handle: usize) -> Turn {
+        match self.handles.get(handle).map(|model| model.thread().lost()) {
             Some(EngineError::DeviceLost(why)) => Turn::Lost(why),
             _ => Turn::Done,
         }
     }
 
-    /// Answers for an instance that won't: whoever it ran alone `overran`; of several, each is suspect. What waits finds the
-    /// device lost.
-    fn abandon(&self, instance: usize, overran: Option<&str>) {
-        let (Some(model), Some(running)) = (self.instances.get(instance), self.running.get(instance)) else { return };
+    /// Answers for a handle that won't: whoever it ran alone `overran`; of several, each is suspect. What its partner has waits
+    /// for it, and finds the device lost, as does what waits in the line.
+    fn abandon(&self, handle: usize, overran: Option<&str>) {
+        let (Some(model), Some(running)) = (self.handles.get(handle), self.running.get(handle)) else { return };
         let Running { batch, rest } = std::mem::take(&mut *running.lock());
         let lost = model.thread().lost();
+        let partner = self.waiting.lock().handles.partner(handle).and_then(|partner| self.running.get(partner));
+        if let Some(Running { batch, rest }) = partner.map(|running| std::mem::take(&mut *running.lock())) {
+            for entry in batch.into_iter().chain(rest) {
+                self.settle(entry, Err(self.engine_error(lost.clone())));
+            }
+        }
         let requests = batch.len();
         for entry in batch {
             let error = match overran {
@@ -473,18 +498,18 @@ enum Cut {
     Batch(Vec<Entry>),
 }
 
-/// What an instance's thread does for its queue. It holds the queue weakly: a model that is dropped takes its queue along.
+/// What a handle's thread does for its queue. It holds the queue weakly: a model that is dropped takes its queue along.
 struct Driver {
     queue: Weak<ModelQueue>,
-    instance: usize,
+    handle: usize,
     ended: bool,
 }
 
 impl Driver {
     fn turn(&mut self, model: &mut dyn Model) -> Turn {
         let Some(queue) = self.queue.upgrade() else { return Turn::Done };
-        match queue.cut(self.instance) {
-            Cut::Batch(batch) => queue.run_batch(model, self.instance, batch),
+        match queue.cut(self.handle) {
+            Cut::Batch(batch) => queue.run_batch(model, self.handle, batch),
             Cut::Idle => self.end(),
             Cut::WaitUntil(at) => {
                 queue.wake_at(at);
@@ -505,7 +530,7 @@ impl Drop for Driver {
         if !self.ended
             && let Some(queue) = self.queue.upgrade()
         {
-            queue.abandon(self.instance, None);
+            queue.abandon(self.handle, None);
         }
     }
 }

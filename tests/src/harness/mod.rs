@@ -96,6 +96,8 @@ pub struct Options {
     pub data_dir: Option<PathBuf>,
     /// Variables for `cresset up` and its processes.
     pub env: Vec<(String, String)>,
+    /// What workers run models on: `cpu`, `cuda` or `auto`.
+    pub device: &'static str,
 }
 
 impl Default for Options {
@@ -109,6 +111,7 @@ impl Default for Options {
             restart: false,
             data_dir: None,
             env: vec![],
+            device: "cpu",
         }
     }
 }
@@ -424,7 +427,7 @@ impl Up {
         fs::create_dir_all(&logs).map_err(failed(format!("can't make {}", logs.display())))?;
         let stderr = File::options().create(true).append(true).open(logs.join("up.log")).map_err(failed("can't open up.log"))?;
         let mut command = binaries::command("cresset");
-        command.args(["up", "--base-port", "0", "--device", "cpu"]);
+        command.args(["up", "--base-port", "0", "--device", options.device]);
         command.args(["--coordinators", &options.coordinators.to_string(), "--workers", &options.workers.to_string()]);
         command.arg("--data-dir").arg(data_dir).arg("--model-repository").arg(&options.model_repository);
         for model in &options.deploy {

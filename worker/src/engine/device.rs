@@ -24,7 +24,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use self::fence::Shared;
-pub use self::fence::{DeviceHealth, ThreadWatch};
+pub use self::fence::{DeviceHealth, JobClock, ThreadWatch};
 pub use self::garbage::freed;
 use super::{Device, EngineError, Generation, InputParts, Model, Outputs, SequenceModel, Signature, short_message};
 
@@ -113,7 +113,8 @@ impl DeviceThread {
     }
 
     /// Puts a loaded model in this thread's care.
-    pub fn place(&self, model: Box<dyn Model>) -> PlacedModel {
+    pub fn place(&self, mut model: Box<dyn Model>) -> PlacedModel {
+        model.set_clock(JobClock::new(Arc::clone(&self.shared)));
         let (memory_bytes, signature) = (model.memory_bytes(), model.signature().clone());
         PlacedModel {
             thread: self.clone(),

@@ -45,6 +45,7 @@ pub mod priority;
 pub mod signature;
 pub mod testing;
 mod torch;
+mod turns;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -211,6 +212,16 @@ pub trait Model: Send {
     fn twin(&mut self) -> Option<Box<dyn Model>> {
         None
     }
+
+    /// A second handle on this very instance, for a thread of its own: it brings the inputs of its call, and takes the results
+    /// back, while this one computes, and waits for its turn to compute. `None` where that makes no sense.
+    fn second(&mut self) -> Option<Box<dyn Model>> {
+        None
+    }
+
+    /// Told once, by the thread that it is [placed](device::DeviceThread::place) on. A model stops the clock while it waits for
+    /// another's turn.
+    fn set_clock(&mut self, _clock: device::JobClock) {}
 
     /// Weights, buffers and constants, in bytes; of a twin none.
     fn memory_bytes(&self) -> u64;

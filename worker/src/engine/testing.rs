@@ -6,6 +6,12 @@ use std::path::Path;
 use super::torch::testing_save;
 use super::{Device, EngineError, EngineKind, LoadSpec};
 
+/// The library that takes the place of libtorch's CUDA half where there is no GPU (`native/simulated_gpu.cpp`).
+#[cfg(feature = "simulated-gpu")]
+pub fn simulated_gpu() -> &'static Path {
+    Path::new(env!("SIMULATED_GPU"))
+}
+
 /// A TorchScript model on the CPU without inputs or outputs, to begin from.
 pub fn spec_of(path: &Path) -> LoadSpec {
     LoadSpec {

@@ -12,7 +12,7 @@ mod native;
 mod package;
 mod types;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -21,8 +21,10 @@ use self::native::Module;
 pub(super) use self::native::{cuda_load, cuda_memory, give_memory_back, testing_save};
 pub use self::package::PackageEngine;
 use super::archive::{self, Layout};
+use super::device::JobClock;
 use super::error::{short_message, short_message_about};
 use super::signature::{self, Argument, ArgumentKind, Signature};
+use super::turns::Turns;
 use super::{Device, Engine, EngineError, Generation, InputParts, LoadSpec, Model, Outputs, SequenceModel, Timing};
 
 /// libtorch, linked for the CPU; [`super::cuda::load`] adds GPUs.
@@ -57,6 +59,7 @@ impl Engine for TorchEngine {
             decoupled: spec.decoupled,
             memory_bytes: module.bytes() + contents.constants_bytes,
             shape_of_calls: CallShape::of(spec),
+            turns: matches!(spec.device, Device::Cuda(_)).then(Turns::default),
             module,
             signature,
         }))
@@ -91,14 +94,33 @@ struct TorchModel {
     shape_of_calls: CallShape,
     memory_bytes: u64,
     decoupled: bool,
+    /// On a GPU, where an instance has two handles.
+    turns: Option<Turns>,
+}
+
+/// A call on a GPU, whose copies may be made while another handle of the instance computes. Also how long it waited for its turn.
+#[allow(unsafe_code)]
+fn in_turn(module: &mut Module, turns: &Turns, inputs: &[InputParts]) -> Result<(native::Results, Duration), native::Refusal> {
+    let mut staged = module.stage(inputs)?;
+    let turn = turns.take();
+    // SAFETY: all handles of an instance share its turns, and this one has the turn.
+    unsafe { module.compute(&mut staged)? };
+    let waited = turn.waited;
+    drop(turn);
+    Ok((staged.results()?, waited))
 }
 
 impl Model for TorchModel {
     fn infer(&mut self, inputs: &[InputParts]) -> Result<Outputs, EngineError> {
         let began = Instant::now();
         self.shape_of_calls.check(inputs)?;
-        let results = self.module.forward(inputs).map_err(native::Refusal::into_error)?;
-        self.shape_of_calls.outputs(results, began)
+        let (results, waited) = match &self.turns {
+            None => self.module.forward(inputs).map(|results| (results, Duration::ZERO)),
+            Some(turns) => in_turn(&mut self.module, turns, inputs),
+        }
+        .map_err(native::Refusal::into_error)?;
+        // What waits for its turn is queued still.
+        self.shape_of_calls.outputs(results, began + waited)
     }
 
     fn open_sequence(&mut self) -> Result<Box<dyn SequenceModel>, EngineError> {
@@ -125,7 +147,21 @@ impl Model for TorchModel {
         // A module that has written to its parameters can't share them.
         let module = self.module.twin().ok()?;
         let (signature, shape_of_calls) = (self.signature.clone(), self.shape_of_calls.clone());
-        Some(Box::new(Self { module, signature, shape_of_calls, memory_bytes: 0, decoupled: self.decoupled }))
+        let turns = self.turns.as_ref().map(|_| Turns::default());
+        Some(Box::new(Self { module, signature, shape_of_calls, memory_bytes: 0, decoupled: self.decoupled, turns }))
+    }
+
+    fn second(&mut self) -> Option<Box<dyn Model>> {
+        let turns = self.turns.as_ref()?.beside();
+        let module = self.module.second().ok()?;
+        let (signature, shape_of_calls) = (self.signature.clone(), self.shape_of_calls.clone());
+        Some(Box::new(Self { module, signature, shape_of_calls, memory_bytes: 0, decoupled: self.decoupled, turns: Some(turns) }))
+    }
+
+    fn set_clock(&mut self, clock: JobClock) {
+        if let Some(turns) = &mut self.turns {
+            turns.set_clock(clock);
+        }
     }
 
     fn memory_bytes(&self) -> u64 {

@@ -131,6 +131,25 @@ impl ThreadWatch {
     }
 }
 
+/// The clock of a thread's jobs, for a job that waits for another thread's.
+pub struct JobClock(Arc<Shared>);
+
+impl JobClock {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self(shared)
+    }
+
+    /// The job waits: it isn't to blame for the time that passes.
+    pub fn stop(&self) {
+        self.0.clock.stop();
+    }
+
+    /// The job goes on, and has its whole time before it.
+    pub fn start(&self) {
+        self.0.clock.start();
+    }
+}
+
 /// When the running job began, and what all earlier ones took.
 pub(super) struct Clock {
     origin: Instant,

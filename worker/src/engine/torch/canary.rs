@@ -45,8 +45,9 @@ mod tests {
 
     #[test]
     fn the_cpu_can_compute_and_a_wrong_result_is_noticed() {
-        sing(Device::Cpu).unwrap();
-        let mut got = product(Device::Cpu).unwrap();
+        let device = super::super::tests::device();
+        sing(device).unwrap();
+        let mut got = product(device).unwrap();
         got[9] += 1.0;
         assert_eq!(compare(&got), Err(EngineError::Failed("a canary inference gave a wrong result".into())));
     }

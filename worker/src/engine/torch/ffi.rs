@@ -69,7 +69,8 @@ pub struct View {
     pub name: Slice,
 }
 
-/// `crst_module`, `crst_sequence`, `crst_generation`, `crst_package`, `crst_results` and `crst_tensor` are only ever pointed to.
+/// `crst_module`, `crst_staged`, `crst_sequence`, `crst_generation`, `crst_package`, `crst_results` and `crst_tensor` are only ever
+/// pointed to.
 pub type Handle = c_void;
 
 unsafe extern "C" {
@@ -102,6 +103,18 @@ unsafe extern "C" {
         out: *mut *mut Handle,
         error: *mut Error,
     ) -> i32;
+
+    pub fn crst_module_second(module: *mut Handle, out: *mut *mut Handle, error: *mut Error) -> i32;
+    pub fn crst_module_stage(
+        module: *mut Handle,
+        inputs: *const Input,
+        count: usize,
+        out: *mut *mut Handle,
+        error: *mut Error,
+    ) -> i32;
+    pub fn crst_module_compute(module: *mut Handle, staged: *mut Handle, error: *mut Error) -> i32;
+    pub fn crst_staged_results(staged: *mut Handle, out: *mut *mut Handle, error: *mut Error) -> i32;
+    pub fn crst_staged_free(staged: *mut Handle);
 
     pub fn crst_sequence_open(module: *mut Handle, out: *mut *mut Handle, error: *mut Error) -> i32;
     pub fn crst_sequence_free(sequence: *mut Handle);

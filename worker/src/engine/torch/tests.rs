@@ -20,8 +20,51 @@ fn spec(path: &Path, inputs: &[&str], outputs: &[&str]) -> LoadSpec {
     LoadSpec {
         inputs: inputs.iter().map(|name| binding(name, Datatype::Fp32)).collect(),
         outputs: outputs.iter().map(|name| output(name)).collect(),
+        device: device(),
         ..testing::spec_of(path)
     }
+}
+
+/// Set in the process that runs these tests once more, on a simulated GPU.
+const ON_GPU: &str = "ENGINE_TESTS_ON_GPU";
+
+/// Where these tests run.
+#[cfg(feature = "simulated-gpu")]
+pub(super) fn device() -> Device {
+    use std::sync::LazyLock;
+    static GPU: LazyLock<Option<Device>> = LazyLock::new(|| {
+        std::env::var_os(ON_GPU)?;
+        let folder = testing::simulated_gpu().parent().expect("it lies in a folder");
+        assert_eq!(crate::engine::cuda::load(folder), Ok(1));
+        Some(Device::Cuda(0))
+    });
+    GPU.unwrap_or(Device::Cpu)
+}
+
+#[cfg(not(feature = "simulated-gpu"))]
+pub(super) fn device() -> Device {
+    Device::Cpu
+}
+
+#[cfg(feature = "simulated-gpu")]
+#[test]
+fn all_of_it_holds_on_a_gpu() {
+    if std::env::var_os(ON_GPU).is_some() {
+        return;
+    }
+    // In a process of its own: libtorch decides once whether it has GPUs.
+    let mut again = std::process::Command::new(std::env::current_exe().expect("it runs"));
+    // But for packages, of which there is none for a GPU.
+    let tests = ["engine::torch::", "--skip", "engine::torch::tests::packages"];
+    let ran = again.args(tests).env(ON_GPU, "1").output().expect("it runs again");
+    let said = format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    assert!(ran.status.success(), "{said}");
+    let passed = said.lines().find(|line| line.starts_with("test result: ok.")).unwrap_or_default();
+    println!("{passed}");
+    assert!(
+        passed.split_whitespace().nth(3).and_then(|count| count.parse::<u32>().ok()).is_some_and(|count| count > 40),
+        "{said}"
+    );
 }
 
 struct Saved {

@@ -42,6 +42,14 @@ impl Module {
         not_null(handle).map(Self)
     }
 
+    /// Another handle on the same instance, on a GPU.
+    pub fn second(&mut self) -> Result<Self, Refusal> {
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the handle is live and exclusively ours. What both handles share beyond what twins do is used in `compute` only.
+        checked(|error| unsafe { ffi::crst_module_second(self.0.as_ptr(), &raw mut handle, error) })?;
+        not_null(handle).map(Self)
+    }
+
     /// The lines that `native/engine.h` describes.
     pub fn signature(&mut self) -> Result<String, Refusal> {
         let mut text = std::ptr::null_mut();
@@ -95,6 +103,25 @@ impl Module {
         .map(Results)
     }
 
+    /// Has the inputs of a call copied to the GPU.
+    pub fn stage(&mut self, inputs: &[InputParts]) -> Result<Staged, Refusal> {
+        with_inputs(inputs, |inputs, count, out, error| {
+            // SAFETY: the handle is live and exclusively ours; `with_inputs` keeps the rest valid. The inputs' bytes are copied before
+            // this returns.
+            unsafe { ffi::crst_module_stage(self.0.as_ptr(), inputs, count, out, error) }
+        })
+        .map(Staged)
+    }
+
+    /// Calls `forward` with what was staged, and waits for the GPU.
+    ///
+    /// # Safety
+    /// No other handle of the instance is in a call of this meanwhile.
+    pub unsafe fn compute(&mut self, staged: &mut Staged) -> Result<(), Refusal> {
+        // SAFETY: both handles are live and exclusively ours; for the instance that handles share the caller answers.
+        checked(|error| unsafe { ffi::crst_module_compute(self.0.as_ptr(), staged.0.as_ptr(), error) })
+    }
+
     pub fn open_sequence(&mut self) -> Result<Sequence, Refusal> {
         let mut handle = std::ptr::null_mut();
         // SAFETY: the handle is live and exclusively ours.
@@ -119,6 +146,26 @@ impl Module {
             }
         })?;
         Ok((Generation(handle), Duration::from_nanos(input_ns), Duration::from_nanos(infer_ns)))
+    }
+}
+
+/// A call on a GPU, under way.
+pub struct Staged(NonNull<ffi::Handle>);
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // SAFETY: the handle is ours and not used again.
+        unsafe { ffi::crst_staged_free(self.0.as_ptr()) }
+    }
+}
+
+impl Staged {
+    /// Copies the results back and waits for that.
+    pub fn results(self) -> Result<Results, Refusal> {
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the handle is live and exclusively ours, and this is the one call for its results.
+        checked(|error| unsafe { ffi::crst_staged_results(self.0.as_ptr(), &raw mut handle, error) })?;
+        not_null(handle).map(Results)
     }
 }
 

@@ -85,7 +85,7 @@ fn every_kind_of_value_moves() {
 #[test]
 fn attributes_that_share_memory_still_do_after_a_move() {
     // `window` is a view of `ring`: a write to one is seen in the other.
-    let source = "def forward(self, x):\n  if self.n == 0:\n    self.ring = torch.zeros([4])\n    self.window = self.ring[1:3]\n  \
+    let source = "def forward(self, x):\n  if self.n == 0:\n    self.ring = x.new_zeros([4])\n    self.window = self.ring[1:3]\n  \
         self.n += 1\n  self.window.add_(x)\n  self.ring.mul_(1.5)\n  self.t = self.ring.reshape([2, 2]).t()\n  \
         return (self.ring.sum() + self.window.sum() * 2 + self.t[0, 1]).reshape([1])\n";
     let script = Script::new(source)
@@ -104,7 +104,7 @@ fn attributes_that_share_memory_still_do_after_a_move() {
 #[test]
 fn a_short_slice_of_a_long_tensor_is_saved_short() {
     let script = Script::new(
-        "def forward(self, x):\n  self.tail = torch.cat([torch.zeros([5000]), x])[-2:]\n  return self.tail.sum().reshape([1])\n",
+        "def forward(self, x):\n  self.tail = torch.cat([x.new_zeros([5000]), x])[-2:]\n  return self.tail.sum().reshape([1])\n",
     )
     .buffer("tail", "torch.zeros([2])");
     let mut sequence = load(&script, &["x"], &["y"]).open_sequence().expect("opened");
@@ -159,7 +159,7 @@ fn a_state_that_lies_under_a_good_seal_never_crashes() {
         "{\"k\": torch.zeros([2])}",
     );
     let saved = saved(&script);
-    let mut module = Module::load(&saved.path, Device::Cpu).ok().expect("loads");
+    let mut module = Module::load(&saved.path, device()).ok().expect("loads");
     module.bind(&[signature::Source::Input(0)], &["x"]).ok().expect("binds");
     let fingerprint = module.fingerprint();
     drop(module);
