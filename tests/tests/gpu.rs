@@ -152,8 +152,8 @@ async fn instance_groups_use_every_gpu_or_those_that_they_name() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_module_keeps_inside_sees_one_call_after_the_other() {
     // It counts its calls in a tensor of its own, which it gives out: while that is copied to the host, nobody may write to it.
-    let counts =
-        Script::new("def forward(self, x):\n  self.calls += 1\n  return self.calls\n").buffer("calls", "torch.zeros([2000])");
+    let source = "def forward(self, x):\n  calls = self.calls + 1\n  self.calls.copy_(calls)\n  return self.calls\n";
+    let counts = Script::new(source).buffer("calls", "torch.zeros([2000])");
     let repository = ModelRepository::new().unwrap().with_script("counts", &fp32_model(0, ""), &counts).unwrap();
     let gpus = Gpus::start(&repository, &["counts"], &[("MB_S", "4"), ("OP_US", "200")]);
     until_ready(&gpus.cluster, "counts").await;

@@ -3,11 +3,12 @@
 //! Loading happens beside the devices' threads, one model at a time, so that it never holds up a request. What fails to
 //! load is reported with its reason and isn't tried again until it is deployed anew. The table that requests look into is
 //! replaced as a whole: a lookup takes no lock.
+mod instances;
 mod load;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, atomic::AtomicUsize},
+    sync::Arc,
     time::Duration,
 };
 
@@ -23,21 +24,22 @@ use parking_lot::Mutex;
 use prost::Message;
 use tokio::sync::{Semaphore, watch};
 
+use self::instances::{Instance, places, runner, runs_batches};
 use self::load::{Background, labels, load_spec, read_side_file, takes_what_is_left_out};
 use crate::{
     assignment::{Fence, ReplicaKey, StaleIntent, Step, steps},
-    contract::{Contract, ContractError, InstanceKind, Memory},
+    contract::{Contract, ContractError},
     decoupled::Decoupled,
     devices::Devices,
     engine::{
-        Device, Engine, EngineError, EngineKind, Model,
+        Device, Engine, EngineError, EngineKind,
         device::{DeviceThread, PlacedModel},
     },
     error::PredictError,
     files::{FetchError, Files},
     metrics::{self, ModelMetrics},
     queue::{Bounds, ModelQueue},
-    sequence::{self, Home, Sequences},
+    sequence::{self, Sequences},
     warm_up::{WarmUpError, warm_up},
 };
 
@@ -129,14 +131,6 @@ struct Loaded {
     models: Vec<Instance>,
     /// What state a sequence begins with.
     initial: Vec<Tensor>,
-}
-
-/// An instance of a model, before it has its threads.
-struct Instance {
-    device: Device,
-    model: Box<dyn Model>,
-    /// Brings inputs to a GPU while the first computes.
-    second: Option<Box<dyn Model>>,
 }
 
 type Table = HashMap<String, BTreeMap<u64, Arc<ServedModel>>>;
@@ -415,7 +409,7 @@ impl Inner {
             EngineKind::of(&config.platform, &config.backend, &stored.file, &contract.parameters).map_err(ContractError)?;
         let mut spec = load_spec(&contract, stored.file, kind)?;
         let mut models: Vec<Instance> = Vec::new();
-        for device in self.places(&contract)? {
+        for device in places(&contract, &self.devices)? {
             let twin = models.iter_mut().find(|other| other.device == device).and_then(|other| other.model.twin());
             spec.device = device;
             let mut model = match twin {
@@ -448,29 +442,6 @@ impl Inner {
         Ok(ServedModel { key, generation, contract, config, runner, metrics, devices, memory_bytes })
     }
 
-    /// The device of each instance that the configuration asks for.
-    fn places(&self, contract: &Contract) -> Result<Vec<Device>, LoadError> {
-        let gpus: Vec<Device> = self.devices.all().filter(|device| matches!(device, Device::Cuda(_))).collect();
-        let mut places = Vec::new();
-        for group in &contract.instances {
-            let wanted: Vec<Device> = match group.kind {
-                InstanceKind::Cpu => vec![Device::Cpu],
-                InstanceKind::Auto if gpus.is_empty() => vec![Device::Cpu],
-                InstanceKind::Gpu if gpus.is_empty() => {
-                    return Err(LoadError::NoDevice("a GPU, and this worker has none".into()));
-                }
-                InstanceKind::Auto | InstanceKind::Gpu if group.gpus.is_empty() => gpus.clone(),
-                InstanceKind::Auto | InstanceKind::Gpu => group.gpus.iter().map(|ordinal| Device::Cuda(*ordinal)).collect(),
-            };
-            if let Some(missing) = wanted.iter().find(|device| **device != Device::Cpu && !gpus.contains(device)) {
-                let there = gpus.len();
-                return Err(LoadError::NoDevice(format!("{missing}, and this worker has {there} GPUs, numbered from 0")));
-            }
-            places.extend(wanted.into_iter().flat_map(|device| std::iter::repeat_n(device, group.count)));
-        }
-        Ok(places)
-    }
-
     fn insert(&self, served: Arc<ServedModel>) {
         self.table.rcu(|table| {
             let mut table = Table::clone(table);
@@ -491,30 +462,4 @@ impl Inner {
             table
         });
     }
-}
-
-/// Whether requests of the model are run in batches from a queue, which has work for a second handle.
-fn runs_batches(contract: &Contract) -> bool {
-    let is_inside = contract.sequence.as_ref().is_some_and(|sequence| matches!(sequence.memory, Memory::Inside));
-    !contract.decoupled && !is_inside
-}
-
-fn runner(
-    contract: &Arc<Contract>,
-    instances: Vec<Vec<PlacedModel>>,
-    initial: Vec<Tensor>,
-    bounds: Bounds,
-    metrics: &ModelMetrics,
-) -> Runner {
-    if contract.decoupled {
-        let instances = instances.into_iter().flatten().collect();
-        return Runner::Decoupled(Decoupled::new(Arc::clone(contract), instances, bounds, metrics.clone()));
-    }
-    let queue = |instances| ModelQueue::start(Arc::clone(contract), instances, bounds, metrics.clone());
-    let Some(spec) = contract.sequence.clone() else { return Runner::Queue(queue(instances)) };
-    let home = match spec.memory {
-        Memory::Inside => Home::Copies { instances: instances.into_iter().flatten().collect(), next: AtomicUsize::new(0) },
-        Memory::Tensors(_) => Home::Queue { queue: queue(instances), initial },
-    };
-    Runner::Sequences(Sequences::new(Arc::clone(contract), spec, home, metrics.clone()))
 }

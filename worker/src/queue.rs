@@ -1,12 +1,14 @@
 //! Requests that wait for a device, and what a device's thread does with them.
 //!
 //! A request is admitted at once or refused at once: the queue is bounded by requests and by bytes. The threads of the
-//! model's instances take batches from it themselves, at the last moment, so everything that came meanwhile is in one; a
-//! request costs two hand-overs, to the thread and back. One request that makes the
-//! model raise doesn't take its neighbours with it: a failed batch is run again one by one.
+//! handles of the model's instances take batches from it themselves, at the last moment, so everything that came meanwhile is
+//! in one; a request costs two hand-overs, to the thread and back. (An instance has one handle, or two on a GPU: see
+//! [`Handles`].) One request that makes the model raise doesn't take its neighbours with it: a failed batch is run again one by one.
+mod driver;
+
 use std::{
     sync::{
-        Arc, Weak,
+        Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -16,6 +18,7 @@ use cresset_proto::tensor::Tensor;
 use parking_lot::Mutex;
 use tokio::{runtime::Handle, sync::oneshot};
 
+use self::driver::{Cut, Driver};
 pub use crate::batching::Bounds;
 use crate::{
     admission::Admitted,
@@ -269,7 +272,7 @@ impl ModelQueue {
     /// Has a handle look for work until there is none.
     fn wake(self: &Arc<Self>, handle: usize) {
         if let Some(model) = self.handles.get(handle) {
-            let mut driver = Driver { queue: Arc::downgrade(self), handle, ended: false };
+            let mut driver = Driver::new(self, handle);
             model.drive(move |model| driver.turn(model));
         }
     }
@@ -489,49 +492,6 @@ impl ModelQueue {
 
     fn engine_error(&self, source: EngineError) -> PredictError {
         PredictError::Engine { model: self.contract.name.clone(), source }
-    }
-}
-
-enum Cut {
-    Idle,
-    WaitUntil(Instant),
-    Batch(Vec<Entry>),
-}
-
-/// What a handle's thread does for its queue. It holds the queue weakly: a model that is dropped takes its queue along.
-struct Driver {
-    queue: Weak<ModelQueue>,
-    handle: usize,
-    ended: bool,
-}
-
-impl Driver {
-    fn turn(&mut self, model: &mut dyn Model) -> Turn {
-        let Some(queue) = self.queue.upgrade() else { return Turn::Done };
-        match queue.cut(self.handle) {
-            Cut::Batch(batch) => queue.run_batch(model, self.handle, batch),
-            Cut::Idle => self.end(),
-            Cut::WaitUntil(at) => {
-                queue.wake_at(at);
-                self.end()
-            }
-        }
-    }
-
-    fn end(&mut self) -> Turn {
-        self.ended = true;
-        Turn::Done
-    }
-}
-
-impl Drop for Driver {
-    fn drop(&mut self) {
-        // Dropped before its end: the device is lost, and nobody would look at the queue again.
-        if !self.ended
-            && let Some(queue) = self.queue.upgrade()
-        {
-            queue.abandon(self.handle, None);
-        }
     }
 }
 

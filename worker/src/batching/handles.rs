@@ -106,8 +106,8 @@ mod tests {
         assert_eq!(handles.wake(false), None);
         handles.rest(0);
         assert_eq!(handles.wake(true), Some(0));
-        assert_eq!(handles.wake(true), Some(3));
         assert_eq!(handles.wake(true), Some(1));
+        assert_eq!(handles.wake(true), Some(3));
         assert_eq!((handles.partner(2), handles.partner(1)), (Some(3), Some(0)));
     }
 }
