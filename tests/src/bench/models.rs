@@ -12,6 +12,7 @@ use std::{
 
 use cresset_proto::tensor::{Datatype, Tensor};
 use cresset_worker::engine::testing::Script;
+use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::harness::{Error, ModelRepository, binaries, failed};
 
@@ -80,14 +81,16 @@ impl Model {
         MODELS.into_iter().find(|model| model.name == name)
     }
 
-    /// A batch of inputs.
+    /// A batch of inputs, drawn as `cresset bench` draws what it sends. How long a net takes does depend on them: a maximum is easily
+    /// guessed among numbers that rise, and pooling took 12 % of the convolution net's time with such, 17 % with these.
     pub fn sample(&self, rows: usize) -> Vec<Tensor> {
+        let mut chance = StdRng::seed_from_u64(rows as u64);
         let tensor = |input: &Input| {
             let elements = input.dims.iter().product::<i64>() as usize * rows;
             let data: Vec<u8> = match (input.datatype, input.name) {
                 (Datatype::Int64, "input_ids") => std::iter::repeat_n(TOKEN, elements).flat_map(i64::to_le_bytes).collect(),
                 (Datatype::Int64, _) => std::iter::repeat_n(1_i64, elements).flat_map(i64::to_le_bytes).collect(),
-                _ => (0..elements).flat_map(|at| ((at % 251) as f32 / 251.0).to_le_bytes()).collect(),
+                _ => (0..elements).flat_map(|_| chance.random::<f32>().to_le_bytes()).collect(),
             };
             let mut shape = vec![rows as i64];
             shape.extend(input.dims);
