@@ -37,6 +37,9 @@ inline std::string text_of(const crst_slice& slice) {
   return std::string(reinterpret_cast<const char*>(slice.data), slice.length);
 }
 
+// Whether libtorch's CUDA half is there and has found a GPU.
+bool has_gpus();
+
 char* copy_out(const char* data, size_t length);
 // Stores the exception that is being handled; returns its code.
 int32_t store_current(crst_error* error) noexcept;
@@ -89,7 +92,7 @@ struct Streams {
   c10::Stream copies;
 
   // Nothing for the CPU.
-  static std::optional<Streams> of(at::Device device);
+  static std::optional<Streams> of(const Pristine& pristine);
   // For another handle of the same instance.
   Streams beside() const;
 };
@@ -108,10 +111,11 @@ Module restore_state(const Pristine& pristine, const uint8_t* data, size_t lengt
 struct crst_module {
   std::shared_ptr<const crst::Pristine> pristine;
   std::shared_ptr<const crst::Plan> plan;
-  std::optional<crst::Streams> streams = crst::Streams::of(pristine->device);
+  std::optional<crst::Streams> streams = crst::Streams::of(*pristine);
   // Made at the first stateless call; all handles of an instance have the same one.
   std::shared_ptr<std::optional<crst::Instance>> instance = std::make_shared<std::optional<crst::Instance>>();
-  bool shares = false;  // another module has the same parameters
+  // Whether another module has the same parameters; likewise.
+  std::shared_ptr<bool> shares = std::make_shared<bool>(false);
 };
 
 struct crst_sequence {

@@ -84,7 +84,7 @@ int32_t crst_module_forward(crst_module* module, const crst_input* inputs, size_
   return guarded(error, [&] {
     const auto& plan = crst::plan_of(*module);
     auto results = crst::run(crst::instance_of(*module), plan, module->pristine->device, inputs, count);
-    if (module->shares) {
+    if (*module->shares) {
       crst::refuse_written_weights(*module->pristine);
     }
     *out = results.release();

@@ -1,6 +1,7 @@
 // Memory of tensors: large blocks are kept when they are freed, so that the next batch finds its pages there. malloc would
 // give them back to the system, and each batch would have them zeroed anew.
 
+#include <ATen/core/CachingHostAllocator.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
@@ -206,6 +207,13 @@ int32_t crst_keep_memory(crst_error* error) {
 
 void crst_give_memory_back(void) {
   crst::shelf().clear();
+  if (crst::has_gpus()) {
+    try {
+      at::getHostAllocator(at::kCUDA)->empty_cache();
+    } catch (...) {
+      // A device that is lost says so elsewhere.
+    }
+  }
 #ifdef __GLIBC__
   malloc_trim(0);
 #endif

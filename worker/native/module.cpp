@@ -11,6 +11,7 @@
 #include <torch/csrc/jit/runtime/jit_exception.h>
 #include <torch/csrc/jit/serialization/import.h>
 
+#include <atomic>
 #include <mutex>
 
 #include "common.h"
@@ -82,6 +83,10 @@ const char* kind_of(const c10::TypePtr& type) {
 
 }  // namespace
 
+std::atomic<bool> gpus_found{false};
+
+bool has_gpus() { return gpus_found; }
+
 char* copy_out(const char* data, size_t length) {
   char* copy = static_cast<char*>(std::malloc(length == 0 ? 1 : length));
   if (copy != nullptr && length != 0) {
@@ -146,6 +151,7 @@ int32_t crst_cuda_load(const char* path, int32_t* devices, crst_error* error) {
       throw crst::Refusal{CRST_FAILED, reason == nullptr ? "dlopen failed" : reason};
     }
     *devices = torch::cuda::device_count();
+    crst::gpus_found = *devices > 0;
   });
 }
 
@@ -182,8 +188,8 @@ int32_t crst_module_twin(crst_module* module, crst_module** out, crst_error* err
   return guarded(error, [&] {
     crst::refuse_written_weights(*module->pristine);
     *out = new crst_module{module->pristine, module->plan};
-    (*out)->shares = true;
-    module->shares = true;
+    *(*out)->shares = true;
+    *module->shares = true;
   });
 }
 

@@ -1,7 +1,6 @@
 // What a module returned to bytes: taken apart, settled on the CPU, and handed out without a copy.
 
 #include <ATen/Functions.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <limits>
 
@@ -16,32 +15,34 @@ constexpr int kReturnDepthMax = 16;
 // Whether nobody else holds a tensor, or memory of it.
 bool is_own(const at::Tensor& tensor) { return tensor.use_count() == 1 && tensor.storage().use_count() == 1; }
 
-// A copy in pinned memory, once the current stream has made it. Pinned memory is kept and used again by libtorch.
-at::Tensor begin_copy(const at::Tensor& tensor) {
-  auto options = tensor.options().device(at::kCPU).pinned_memory(true);
-  at::Tensor copy = at::empty(tensor.sizes(), options);
-  copy.copy_(tensor, /*non_blocking=*/true);
-  return copy;
-}
-
-// A tensor whose bytes are row-major, on the CPU, and nobody else's: the module may keep writing to
-// a tensor that it returned. What is copied from a GPU has to live until the copy is made, in `sources`.
-at::Tensor settled(at::Tensor tensor, std::vector<at::Tensor>& sources) {
+// A tensor whose elements lie one after the other, row-major.
+at::Tensor row_major(at::Tensor tensor) {
   if (tensor.is_quantized()) {
     tensor = tensor.dequantize();
   }
   if (tensor.layout() != at::kStrided) {
     tensor = tensor.to_dense();
   }
-  tensor = tensor.resolve_conj().resolve_neg();
+  return tensor.resolve_conj().resolve_neg().contiguous();
+}
+
+// A copy in pinned memory, which libtorch keeps and uses again. It waits for the current stream and no other. (A copy that doesn't
+// wait would leave an event behind, to be recorded when the bytes are freed: on a device that was lost by then, that ends the
+// process.)
+at::Tensor on_host(const at::Tensor& tensor) {
+  at::Tensor copy = at::empty(tensor.sizes(), tensor.options().device(at::kCPU).pinned_memory(true));
+  copy.copy_(tensor);
+  return copy;
+}
+
+// A tensor whose bytes are row-major, on the CPU, and nobody else's: the module may keep writing to
+// a tensor that it returned.
+at::Tensor settled(at::Tensor tensor) {
+  tensor = row_major(std::move(tensor));
   if (!tensor.device().is_cpu()) {
-    sources.push_back(tensor.contiguous());
-    return begin_copy(sources.back());
+    return on_host(tensor);
   }
   bool wasteful = tensor.storage().nbytes() > 2 * tensor.nbytes() + 4096;
-  if (!tensor.is_contiguous()) {
-    return tensor.contiguous();
-  }
   return is_own(tensor) && !wasteful ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
@@ -119,22 +120,20 @@ void collect(IValue returned, crst_results& results) { flatten(std::move(returne
 void make_own(crst_results& results) {
   for (auto& result : results.results) {
     auto& tensor = result.tensor;
-    if (tensor.defined() && !is_own(tensor)) {
-      tensor = tensor.clone();
+    if (tensor.defined() && !result.texts.has_value()) {
+      tensor = row_major(std::move(tensor));
+      if (!is_own(tensor)) {
+        tensor = tensor.clone();
+      }
     }
   }
 }
 
 void settle(crst_results& results) {
-  std::vector<at::Tensor> sources;
   for (auto& result : results.results) {
     if (result.tensor.defined() && !result.texts.has_value()) {
-      result.tensor = settled(std::move(result.tensor), sources);
+      result.tensor = settled(std::move(result.tensor));
     }
-  }
-  for (const auto& source : sources) {
-    c10::impl::VirtualGuardImpl gpu(source.device().type());
-    gpu.synchronizeStream(gpu.getStream(source.device()));
   }
 }
 

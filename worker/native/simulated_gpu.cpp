@@ -245,6 +245,11 @@ Queue& queue_of(DeviceIndex index, c10::StreamId stream) {
 
 Queue& current_queue(DeviceIndex index) { return queue_of(index, current_stream.at(static_cast<size_t>(index))); }
 
+bool is_broken(DeviceIndex index) {
+  static const char* breaks = std::getenv("SIMULATED_GPU_BREAKS");
+  return index == 0 && breaks != nullptr && access(breaks, F_OK) == 0;
+}
+
 // ---- memory ----
 
 struct Block {
@@ -277,6 +282,10 @@ void free_on_device(void* data) {
   };
   if (block.also_used_by.empty()) {
     return queue_of(block.device, block.stream).push(free_now);
+  }
+  // libtorch records an event for each, in a destructor, where an error ends the process.
+  if (is_broken(block.device)) {
+    std::abort();
   }
   // When the last of its streams gets there. Other streams go on; what waits is the memory.
   auto left = std::make_shared<std::atomic<size_t>>(block.also_used_by.size());
@@ -498,9 +507,7 @@ struct CUDAHooks final : at::CUDAHooksInterface {
 // ---- operations ----
 
 void check_alive(DeviceIndex index) {
-  static const char* breaks = std::getenv("SIMULATED_GPU_BREAKS");
-  TORCH_CHECK(index != 0 || breaks == nullptr || access(breaks, F_OK) != 0,
-              "CUDA error: an illegal memory access was encountered");
+  TORCH_CHECK(!is_broken(index), "CUDA error: an illegal memory access was encountered");
 }
 
 DeviceIndex device_among(const torch::jit::Stack& stack) {
@@ -584,7 +591,9 @@ at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
     current_queue(to.get_device()).wait();
   }
   if ((is_in || is_out) && !is_inside) {
-    device.meter.count(is_in ? &Counts::pageable_in : &Counts::pageable_out);
+    bool pinned = is_pinned(host.data_ptr());
+    device.meter.count(is_in ? (pinned ? &Counts::pinned_in : &Counts::pageable_in)
+                             : (pinned ? &Counts::pinned_out : &Counts::pageable_out));
     take_time(bytes);
   }
   at::Tensor target = to.is_cuda() ? on_host(to) : to;

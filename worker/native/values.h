@@ -68,11 +68,10 @@ struct Turn {
 // for each value in them.
 void collect(IValue returned, crst_results& results);
 
-// Clones results that anybody else can write to.
+// Makes row-major tensors of the results, where they are, that nobody else can write to.
 void make_own(crst_results& results);
 
-// Makes row-major tensors of the results, on the CPU and nobody else's. What lies on a GPU is copied by the current stream, which is
-// waited for.
+// The same on the CPU. What lies on a GPU is copied by the current stream, which is waited for.
 void settle(crst_results& results);
 
 // All of what a model returned in one go.

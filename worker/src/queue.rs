@@ -65,6 +65,8 @@ pub struct ModelQueue {
     metrics: ModelMetrics,
     /// The handles of all instances.
     handles: Vec<PlacedModel>,
+    /// For each the other one of its instance.
+    partners: Vec<Option<usize>>,
     instances: u64,
     waiting: Mutex<State>,
     /// What each handle runs at the moment.
@@ -148,6 +150,7 @@ impl ModelQueue {
     pub fn start(contract: Arc<Contract>, instances: Vec<Vec<PlacedModel>>, bounds: Bounds, metrics: ModelMetrics) -> Arc<Self> {
         let of_handle = |(instance, handles): (usize, &Vec<PlacedModel>)| std::iter::repeat_n(instance, handles.len());
         let handles = Handles::new(&instances.iter().enumerate().flat_map(of_handle).collect::<Vec<_>>());
+        let partners = (0..instances.iter().map(Vec::len).sum()).map(|handle| handles.partner(handle)).collect();
         let state = State { line: Line::default(), next_number: 0, handles, alarm: None, closed: None };
         let count = instances.len() as u64;
         let handles: Vec<PlacedModel> = instances.into_iter().flatten().collect();
@@ -157,6 +160,7 @@ impl ModelQueue {
             bounds,
             metrics,
             handles,
+            partners,
             instances: count,
             waiting: Mutex::new(state),
             running,
@@ -317,6 +321,14 @@ impl ModelQueue {
         }
     }
 
+    /// Why the device is lost, if it is.
+    fn lost(&self) -> Option<EngineError> {
+        match &self.waiting.lock().closed {
+            Some(Closed::Lost(lost)) => Some(lost.clone()),
+            _ => None,
+        }
+    }
+
     fn closed_error(&self, closed: &Closed) -> PredictError {
         match closed {
             Closed::Unloaded => PredictError::Unloaded(self.contract.name.clone()),
@@ -414,15 +426,25 @@ impl ModelQueue {
         let place = self.running.get(handle)?;
         let inputs = assemble(&self.contract, &admitted(&batch));
         *place.lock() = Running { batch, rest: std::mem::take(rest) };
-        let result = model.infer(&inputs);
+        // A partner that is given up is lost first, and then this batch is looked for: one of both sees the other. Without this, it
+        // would wait for a turn that never comes.
+        let result = match self.partner(handle).filter(|partner| partner.thread().is_lost()) {
+            Some(partner) => Err(partner.thread().lost()),
+            None => model.infer(&inputs),
+        };
         let ran = std::mem::take(&mut *place.lock());
         *rest = ran.rest;
         (!ran.batch.is_empty()).then_some((ran.batch, result))
     }
 
+    /// The other handle of the same instance.
+    fn partner(&self, handle: usize) -> Option<&PlacedModel> {
+        self.handles.get(self.partners.get(handle).copied().flatten()?)
+    }
+
     /// The handle came back after it had been given up.
     fn gone(&self, handle: usize) -> Turn {
-        match self.handles.get(handle).map(|model| model.thread().lost()) {
+        match self.lost().or_else(|| Some(self.handles.get(handle)?.thread().lost())) {
             Some(EngineError::DeviceLost(why)) => Turn::Lost(why),
             _ => Turn::Done,
         }
@@ -432,9 +454,10 @@ impl ModelQueue {
     /// for it, and finds the device lost, as does what waits in the line.
     fn abandon(&self, handle: usize, overran: Option<&str>) {
         let (Some(model), Some(running)) = (self.handles.get(handle), self.running.get(handle)) else { return };
+        let lost = self.lost().unwrap_or_else(|| model.thread().lost());
+        self.close_for(Closed::Lost(lost.clone()));
         let Running { batch, rest } = std::mem::take(&mut *running.lock());
-        let lost = model.thread().lost();
-        let partner = self.waiting.lock().handles.partner(handle).and_then(|partner| self.running.get(partner));
+        let partner = self.partners.get(handle).copied().flatten().and_then(|partner| self.running.get(partner));
         if let Some(Running { batch, rest }) = partner.map(|running| std::mem::take(&mut *running.lock())) {
             for entry in batch.into_iter().chain(rest) {
                 self.settle(entry, Err(self.engine_error(lost.clone())));
@@ -451,7 +474,6 @@ impl ModelQueue {
         for entry in rest {
             self.settle(entry, Err(self.engine_error(lost.clone())));
         }
-        self.close_for(Closed::Lost(lost));
     }
 
     fn lose(&self, batch: impl Iterator<Item = Entry>, why: String) -> Turn {

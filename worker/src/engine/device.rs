@@ -136,6 +136,11 @@ impl DeviceThread {
         Ok(Slot { permit, jobs: self.jobs.clone(), shared: Arc::clone(&self.shared) })
     }
 
+    /// Whether it takes no more jobs.
+    pub fn is_lost(&self) -> bool {
+        self.shared.is_lost()
+    }
+
     /// The error of a device that is lost.
     pub fn lost(&self) -> EngineError {
         self.shared.lost()

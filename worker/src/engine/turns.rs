@@ -31,25 +31,26 @@ impl Turns {
         Self { turn: Arc::clone(&self.turn), clock: None }
     }
 
-    /// From here on this clock stands still while the handle waits for its turn: what it waits for has a limit of its own.
+    /// From here on this clock stands still while the handle waits for its turn, since what it waits for has a limit of its own,
+    /// and begins anew with the turn.
     pub fn set_clock(&mut self, clock: JobClock) {
         self.clock = Some(clock);
     }
 
     /// Waits for the handle's turn.
     pub fn take(&self) -> Turn<'_> {
-        if let Some(guard) = self.turn.try_lock() {
-            return Turn { guard: Some(guard), waited: Duration::ZERO };
-        }
-        let since = Instant::now();
         if let Some(clock) = &self.clock {
             clock.stop();
         }
-        let guard = self.turn.lock();
+        let since = Instant::now();
+        let (guard, waited) = match self.turn.try_lock() {
+            Some(guard) => (guard, Duration::ZERO),
+            None => (self.turn.lock(), since.elapsed()),
+        };
         if let Some(clock) = &self.clock {
             clock.start();
         }
-        Turn { guard: Some(guard), waited: since.elapsed() }
+        Turn { guard: Some(guard), waited }
     }
 }
 

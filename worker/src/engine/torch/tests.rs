@@ -137,6 +137,17 @@ fn an_empty_batch_and_a_rank_of_zero_work() {
 }
 
 #[test]
+fn a_sparse_result_is_answered_dense() {
+    if device() != Device::Cpu {
+        // The simulated GPU has no sparse tensors.
+        return;
+    }
+    let sparse = Script::new("def forward(self, x):\n  return x.to_sparse()\n");
+    let outputs = load(&sparse, &["x"], &["y"]).infer(&[floats(&[2], &[0.0, 3.0])]).expect("it runs");
+    assert_eq!(read_floats(&outputs[0]), [0.0, 3.0]);
+}
+
+#[test]
 fn results_are_named_by_order_by_position_and_by_key() {
     let (a, b) = (floats(&[1], &[5.0]), floats(&[1], &[3.0]));
     let mut by_order = load(&testing::sum_and_difference(), &["a", "b"], &["p", "q"]);
