@@ -109,8 +109,8 @@ async fn inputs_are_copied_while_the_batch_before_computes() {
     const VALUES: usize = 5_000;
     let repository = ModelRepository::new().unwrap();
     let repository = repository.with_script("sums", &fp32_model(8, "dynamic_batching { }"), &sums()).unwrap();
-    // A full batch of 160 kB takes 8 ms to copy, and some 9 ms to compute.
-    let gpus = Gpus::start(&repository, &["sums"], &[("MB_S", "20"), ("OP_US", "3000")]);
+    // A full batch of 160 kB takes 20 ms to copy and 30 ms to compute: long enough for the next to be there, however busy the machine.
+    let gpus = Gpus::start(&repository, &["sums"], &[("MB_S", "8"), ("OP_US", "10000")]);
     until_ready(&gpus.cluster, "sums").await;
     // What loading has copied is in the counts, too; so is what the first request makes ready.
     let requests = |from: usize| (from..from + 160).map(|seed| row("sums", &values(seed, VALUES)));
@@ -121,11 +121,12 @@ async fn inputs_are_copied_while_the_batch_before_computes() {
     let [gpu] = &report[..] else { panic!("one device: {report:?}") };
     println!("{gpu:?}");
     let batches = gpu.of("pinned_in");
-    assert!((20..60).contains(&batches), "all but the first are full: {gpu:?}");
+    assert!((20..80).contains(&batches), "most are full: {gpu:?}");
     assert_eq!(gpu.of("pinned_out"), batches, "{gpu:?}");
     assert!(gpu.of("pageable_in") + gpu.of("pageable_out") < 10, "only a load copies other memory: {gpu:?}");
     let overlap = gpu.of("overlap_ns") as f64 / gpu.of("copying_in_ns") as f64;
-    assert!(overlap > 0.5, "{:.0} % of the time of copies passed while something was computed: {gpu:?}", overlap * 100.0);
+    // Copies and batches that take turns give nothing.
+    assert!(overlap > 0.3, "{:.0} % of the time of copies passed while something was computed: {gpu:?}", overlap * 100.0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

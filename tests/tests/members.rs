@@ -26,12 +26,13 @@ fn configure(new: &Beside, settings: &str, cluster: &Cluster, repository: &Model
     let name = format!("\"{}\"", cluster_id.trim());
     let (first, third) = (peer_address(cluster, "c1"), peer_address(cluster, "c3"));
     let replaced = [
+        // First: the others bring names that are drawn by chance, and may have a c4 in them.
+        ("c4", id),
         ("10.0.0.1:8003", &*first),
         ("10.0.0.3:8003", &third),
         ("10.0.0.4", &new.host),
         ("\"production\"", &name),
         ("/srv/models", repository.path().to_str().unwrap()),
-        ("c4", id),
     ];
     new.configure(settings, &replaced);
 }
